@@ -1,0 +1,81 @@
+"""Checkpoints that a kill at any moment cannot spoil: what restores is exactly what was saved.
+
+Randomness and data order are functions of (seed, iteration), so a checkpoint is the train
+state, the edge buffer and a few counters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from spo_jax.structs import Edges
+
+State = TypeVar("State")  # any tree of arrays
+
+
+class Checkpoints:
+  """The checkpoints of one directory, by step. A half-written one is never listed.
+
+  Args:
+    directory: made where missing; keep: newest ones to keep.
+  """
+
+  def __init__(self, directory: Path, keep: int):
+    self._manager = ocp.CheckpointManager(
+      directory.absolute(),
+      options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+    )
+
+  def __enter__(self) -> Checkpoints:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  def latest(self) -> int | None:
+    """Step of the newest complete checkpoint."""
+    return self._manager.latest_step()
+
+  def save(
+    self, step: int, state: State, counters: dict[str, Any], edges: Edges | None = None
+  ) -> None:
+    """Saves in the background; `state` may be donated as soon as this returns.
+
+    Args:
+      counters: plain JSON values.
+    """
+    items = {"state": ocp.args.StandardSave(state), "counters": ocp.args.JsonSave(counters)}
+    if edges is not None and len(edges.start):
+      items["edges"] = ocp.args.StandardSave(dataclasses.asdict(edges))
+    self._manager.save(step, args=ocp.args.Composite(**items))
+
+  def restore(
+    self, step: int, template: State
+  ) -> tuple[State, dict[str, Any], Edges | None]:
+    """What `save` was given.
+
+    Args:
+      template: a state of the same shapes, dtypes and shardings; its values are not read.
+    """
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+    items = {"state": ocp.args.StandardRestore(like), "counters": ocp.args.JsonRestore()}
+    if (self._manager.directory / str(step) / "edges").exists():
+      items["edges"] = ocp.args.StandardRestore()
+    restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+    edges = restored.get("edges")
+    return (
+      restored["state"],
+      restored["counters"],
+      Edges(**jax.tree.map(np.asarray, edges)) if edges is not None else None,
+    )
+
+  def close(self) -> None:
+    """Waits for saves in the background."""
+    self._manager.wait_until_finished()
+    self._manager.close()

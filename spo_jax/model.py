@@ -1,0 +1,245 @@
+"""Decoder family as one Flax linen module: Llama, Qwen2 and Qwen3 by its config.
+
+Submodules are named as Hugging Face names them, so loading weights is a path rewrite
+and a transpose. The key/value cache is an explicit struct, because rollouts fork it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from spo_jax.config import ModelConfig
+from spo_jax.structs import KVCache
+
+Params = Any  # nested dict of arrays
+
+
+class RMSNorm(nn.Module):
+  """x / rms(x) * weight over the last axis, in float32 (arXiv:1910.07467)."""
+
+  eps: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.eps)
+    return (x32 * scale * weight).astype(x.dtype)
+
+
+def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+  """Rotary position embedding, the two-halves form of Llama (arXiv:2104.09864).
+
+  Args:
+    x: [B, T, heads, H]; positions: i32[B, T]. Returns x turned, in its dtype.
+  """
+  half = x.shape[-1] // 2
+  frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle = positions[..., None, None].astype(jnp.float32) * frequency
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  return turned.astype(x.dtype)
+
+
+def attend(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+  """Grouped-query attention with float32 softmax.
+
+  Args:
+    q: [B, T, N, H]; keys, values: [B, K, C, H]; mask: bool[B, T, C], True where seen.
+  Returns: [B, T, N, H].
+  """
+  b, t, n, h = q.shape
+  k = keys.shape[1]
+  q = q.reshape(b, t, k, n // k, h)
+  scores = jnp.einsum("btkgh,bkch->bkgtc", q, keys, preferred_element_type=jnp.float32)
+  scores = jnp.where(mask[:, None, None], scores * h**-0.5, jnp.finfo(jnp.float32).min)
+  weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+  return jnp.einsum("bkgtc,bkch->btkgh", weights, values).reshape(b, t, n, h)
+
+
+class Attention(nn.Module):
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    x: jax.Array,
+    positions: jax.Array,
+    mask: jax.Array,
+    past: tuple[jax.Array, jax.Array] | None,
+  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """With `past` ([B, K, C, H] each) the new keys and values go into slot `positions`."""
+    c = self.config
+    width = head_width(c)
+
+    def project(heads: int, name: str) -> jax.Array:
+      out = nn.Dense(heads * width, use_bias=c.qkv_bias, name=name, dtype=x.dtype)(x)
+      return out.reshape(*x.shape[:-1], heads, width)
+
+    q = project(c.num_heads, "q_proj")
+    k = project(c.num_kv_heads, "k_proj")
+    v = project(c.num_kv_heads, "v_proj")
+    if c.qk_norm:
+      q, k = RMSNorm(c.norm_eps, name="q_norm")(q), RMSNorm(c.norm_eps, name="k_norm")(k)
+    q, k = rotate(q, positions, c.rope_theta), rotate(k, positions, c.rope_theta)
+    if past is None:
+      keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    else:
+      # Slots past the capacity are dropped by JAX: rows that are done may point there.
+      rows = jnp.arange(x.shape[0])[:, None]
+      keys, values = (old.at[rows, :, positions].set(new) for old, new in zip(past, (k, v)))
+    out = attend(q, keys, values, mask).reshape(*x.shape[:-1], -1)
+    return nn.Dense(c.hidden_size, use_bias=False, name="o_proj", dtype=x.dtype)(out), (
+      keys,
+      values,
+    )
+
+
+class MLP(nn.Module):
+  """SwiGLU feed-forward (arXiv:2002.05202)."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    def dense(features: int, name: str) -> nn.Dense:
+      return nn.Dense(features, use_bias=False, name=name, dtype=x.dtype)
+
+    gate = nn.silu(dense(self.config.intermediate_size, "gate_proj")(x))
+    up = dense(self.config.intermediate_size, "up_proj")(x)
+    return dense(self.config.hidden_size, "down_proj")(gate * up)
+
+
+class DecoderLayer(nn.Module):
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    x: jax.Array,
+    positions: jax.Array,
+    mask: jax.Array,
+    past: tuple[jax.Array, jax.Array] | None,
+  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    eps = self.config.norm_eps
+    normed = RMSNorm(eps, name="input_layernorm")(x)
+    out, present = Attention(self.config, name="self_attn")(normed, positions, mask, past)
+    x = x + out
+    normed = RMSNorm(eps, name="post_attention_layernorm")(x)
+    return x + MLP(self.config, name="mlp")(normed), present
+
+
+class Decoder(nn.Module):
+  """Token ids to final hidden states; `head_weight` turns those into logits."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: jax.Array,
+    positions: jax.Array,
+    mask: jax.Array,
+    cache: KVCache | None = None,
+  ) -> tuple[jax.Array, tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]]:
+    """One forward pass.
+
+    Args:
+      tokens, positions: i32[B, T]; mask: bool[B, T, C], C = T without a cache.
+    Returns: hidden [B, T, E] and per-layer (keys, values), each [B, K, C, H].
+    """
+    c = self.config
+    init = nn.initializers.normal(0.02)
+    embedding = self.param("embed_tokens", init, (c.vocab_size, c.hidden_size), jnp.float32)
+    if not c.tie_embeddings:
+      self.param("lm_head", init, (c.hidden_size, c.vocab_size), jnp.float32)
+    x = embedding[tokens].astype(c.compute_dtype)
+    presents = []
+    for i in range(c.num_layers):
+      past = (cache.keys[i], cache.values[i]) if cache is not None else None
+      x, present = DecoderLayer(c, name=f"layers_{i}")(x, positions, mask, past)
+      presents.append(present)
+    keys, values = zip(*presents)
+    return RMSNorm(c.norm_eps, name="norm")(x), (keys, values)
+
+
+def head_width(config: ModelConfig) -> int:
+  return config.head_dim or config.hidden_size // config.num_heads
+
+
+def head_weight(config: ModelConfig, params: Params) -> jax.Array:
+  """The output projection [E, V]: the embedding itself where it is tied."""
+  return params["embed_tokens"].T if config.tie_embeddings else params["lm_head"]
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+  """Fresh float32 parameters."""
+  one = jnp.zeros((1, 1), jnp.int32)
+  return Decoder(config).init(key, one, one, jnp.ones((1, 1, 1), bool))["params"]
+
+
+def count_params(config: ModelConfig) -> int:
+  """Number of parameters, without making them."""
+  shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+  return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def hidden_states(
+  config: ModelConfig, params: Params, tokens: jax.Array, mask: jax.Array
+) -> jax.Array:
+  """Full causal forward over right-padded rows: i32[B, L], bool[B, L] -> [B, L, E]."""
+  length = tokens.shape[1]
+  causal = jnp.tril(jnp.ones((length, length), bool))
+  positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+  hidden, _ = Decoder(config).apply(
+    {"params": params}, tokens, positions, causal[None] & mask[:, None, :]
+  )
+  return hidden
+
+
+def logits(config: ModelConfig, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+  """Next-token logits f32[B, L, V] of right-padded rows; mask is True on real tokens."""
+  hidden = hidden_states(config, params, tokens, mask)
+  return jnp.einsum(
+    "ble,ev->blv", hidden, head_weight(config, params), preferred_element_type=jnp.float32
+  )
+
+
+def prefill(
+  config: ModelConfig, params: Params, tokens: jax.Array, lengths: jax.Array, slots: int
+) -> KVCache:
+  """Encodes prompts once.
+
+  Args:
+    tokens: i32[B, L] right-padded; lengths: i32[B]; slots: capacity C >= L of each row.
+  Returns: a cache of `lengths` tokens per row. Padding is stored but never seen: the
+    slots at `length` and beyond are written before they are attended.
+  """
+  width = tokens.shape[1]
+  causal = jnp.tril(jnp.ones((width, width), bool))
+  positions = jnp.broadcast_to(jnp.arange(width), tokens.shape)
+  mask = causal[None] & (positions < lengths[:, None])[:, None, :]
+  _, presents = Decoder(config).apply({"params": params}, tokens, positions, mask)
+  pad = ((0, 0), (0, 0), (0, slots - width), (0, 0))
+  keys, values = jax.tree.map(lambda x: jnp.pad(x, pad), presents)
+  return KVCache(keys=keys, values=values, length=lengths)
+
+
+def decode_step(
+  config: ModelConfig, params: Params, token: jax.Array, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
+  """Appends one token per row: i32[B] -> next-token logits f32[B, V] and the longer cache."""
+  slots = cache.keys[0].shape[2]
+  mask = jnp.arange(slots)[None, None, :] <= cache.length[:, None, None]
+  hidden, (keys, values) = Decoder(config).apply(
+    {"params": params}, token[:, None], cache.length[:, None], mask, cache
+  )
+  scores = jnp.einsum(
+    "be,ev->bv", hidden[:, 0], head_weight(config, params), preferred_element_type=jnp.float32
+  )
+  return scores, KVCache(keys=keys, values=values, length=cache.length + 1)

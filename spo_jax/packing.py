@@ -1,0 +1,174 @@
+"""Rollouts to training rows, and the edge buffer of SPO-tree. Host side, vectorised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from spo_jax.layout import before, behind_prompts, fill, join, shift
+from spo_jax.segments import uncertain_tokens
+from spo_jax.structs import Edges, Prompts, RolloutTree, Samples, TrainRows, Trajectories
+
+
+def trajectory_rows(
+  prompts: Prompts, trajectories: Trajectories, advantages: np.ndarray, threshold: float | None
+) -> TrainRows:
+  """One row per response.
+
+  Args:
+    advantages: f32[B, T]; threshold: train only on tokens with p < threshold, None: on all.
+  """
+  own = trajectories.samples
+  tokens, is_token, is_response = behind_prompts(
+    prompts, trajectories.prompt, own.tokens, own.lengths
+  )
+  start, width = prompts.lengths[trajectories.prompt], tokens.shape[1]
+
+  def place(x: np.ndarray) -> np.ndarray:
+    return np.where(is_response, shift(x, start, width), 0).astype(np.float32)
+
+  logprobs = place(own.logprobs)
+  mask = _probability_mask(logprobs, is_response, threshold)
+  return TrainRows(tokens, is_token, mask, logprobs, place(advantages))
+
+
+def tree_edges(
+  prompts: Prompts, tree: RolloutTree, advantages: tuple[np.ndarray, ...], iteration: int
+) -> Edges:
+  """Every node with a signal as one sample; edges with advantage 0 are dropped.
+
+  Args:
+    advantages: levels 1..D of f32[P, n_d].
+  """
+  count, response_tokens = len(prompts.lengths), tree.tokens[-1].shape[2]
+  response_tokens += sum(level.shape[2] for level in tree.tokens[:-1])
+  path = Samples(
+    tokens=np.zeros((count, response_tokens), np.int32),
+    logprobs=np.zeros((count, response_tokens), np.float32),
+    lengths=np.zeros(count, np.int32),
+    finished=np.zeros(count, bool),
+  )
+  parts = []
+  for depth, branch in enumerate(tree.branch_factors):
+    parent = np.repeat(np.arange(len(path.lengths)), branch)
+    own = Samples(*(
+      level[depth].reshape(len(parent), *level[depth].shape[2:])
+      for level in (tree.tokens, tree.logprobs, tree.lengths, tree.finished)
+    ))  # fmt: skip
+    response_start = path.lengths[parent]
+    path = join(path.tokens[parent], response_start, own)
+    advantage = advantages[depth].reshape(-1)
+    kept = np.flatnonzero(tree.valid[depth].reshape(-1) & (advantage != 0))
+    prompt = (np.arange(len(parent)) // (len(parent) // count))[kept]
+    tokens, _, is_response = behind_prompts(
+      prompts, prompt, path.tokens[kept], path.lengths[kept]
+    )
+    start = prompts.lengths[prompt]
+    logprobs = np.where(is_response, shift(path.logprobs[kept], start, tokens.shape[1]), 0)
+    parts.append(
+      Edges(
+        tokens=tokens,
+        logprobs=logprobs.astype(np.float32),
+        start=(start + response_start[kept]).astype(np.int32),
+        end=(start + path.lengths[kept]).astype(np.int32),
+        advantage=advantage[kept].astype(np.float32),
+        question=prompts.question[prompt],
+        born=np.full(len(kept), iteration, np.int32),
+      )
+    )
+  return _concatenate(parts)
+
+
+def edge_rows(edges: Edges, threshold: float | None, rows: int) -> TrainRows:
+  """One row per edge: loss on the node's own tokens, one advantage for all of them.
+
+  Args:
+    rows: empty rows fill up to this count, so that the shape is always the same.
+  """
+  edges = jax.tree.map(lambda x: fill(x, rows), edges)
+  width = edges.tokens.shape[1]
+  is_token = before(edges.end, width)
+  is_own = is_token & ~before(edges.start, width)
+  mask = _probability_mask(edges.logprobs, is_own, threshold)
+  return TrainRows(
+    edges.tokens, is_token, mask, edges.logprobs, np.where(is_own, edges.advantage[:, None], 0)
+  )
+
+
+class EdgeBuffer:
+  """Edges waiting to be trained on, each at most once (spo-method, section 2).
+
+  A draw takes at most `quota` random edges per question, shuffles and cuts; what the cut
+  leaves over stays. Edges `max_age` or more iterations old are discarded.
+  """
+
+  def __init__(self, quota: int, max_age: int, edges: Edges | None = None):
+    self.quota = quota
+    self.max_age = max_age
+    self.edges = edges
+
+  def __len__(self) -> int:
+    return 0 if self.edges is None else len(self.edges.start)
+
+  def add(self, edges: Edges) -> None:
+    self.edges = edges if self.edges is None else _concatenate([self.edges, edges])
+
+  def draw(
+    self, count: int, iteration: int, rng: np.random.Generator, repeat: bool = False
+  ) -> Edges:
+    """At most `count` edges (exactly, with `repeat`, unless the buffer is empty).
+
+    Raises:
+      ValueError: nothing was ever added.
+    """
+    if self.edges is None:
+      raise ValueError("draw from an edge buffer to which nothing was added; add a tree first.")
+    fresh = _select(self.edges, iteration - self.edges.born < self.max_age)
+    shuffled = rng.permutation(len(fresh.start))
+    by_question = shuffled[np.argsort(fresh.question[shuffled], kind="stable")]
+    question = fresh.question[by_question]
+    rank = np.arange(len(question)) - np.searchsorted(question, question)
+    drawn = rng.permutation(by_question[rank < self.quota])[:count]
+    left = np.ones(len(fresh.start), bool)
+    left[drawn] = False
+    self.edges = _select(fresh, left)
+    return _select(fresh, np.resize(drawn, count) if repeat and len(drawn) else drawn)
+
+
+def optimiser_batches(
+  rows: TrainRows, batch_rows: int, micro_batch_rows: int, epochs: int, rng: np.random.Generator
+) -> Iterator[tuple[TrainRows, int]]:
+  """Shuffled batches of fixed shape [micro-batches, micro_batch_rows, L].
+
+  Rows without signal (no masked token with an advantage) are left out. The rest is spread
+  evenly over the fewest updates that hold it, so that no update is made from a few rows.
+
+  Yields: the batch, filled up with empty rows, and how many of its micro-batches are used.
+  """
+  signal = np.flatnonzero((rows.mask & (rows.advantages != 0)).any(axis=1))
+  updates = -(-len(signal) // batch_rows)
+  for _ in range(epochs if updates else 0):
+    for part in np.array_split(rng.permutation(signal), updates):
+      filled = jax.tree.map(lambda x, part=part: fill(x[part], batch_rows), rows)
+      yield (
+        jax.tree.map(lambda x: x.reshape(-1, micro_batch_rows, *x.shape[1:]), filled),
+        -(-len(part) // micro_batch_rows),
+      )
+
+
+def _probability_mask(
+  logprobs: np.ndarray, is_response: np.ndarray, threshold: float | None
+) -> np.ndarray:
+  if threshold is None:
+    return is_response
+  return np.asarray(uncertain_tokens(logprobs, is_response, threshold))
+
+
+def _select(edges: Edges, index: np.ndarray) -> Edges:
+  return jax.tree.map(lambda x: x[index], edges)
+
+
+def _concatenate(parts: list[Edges]) -> Edges:
+  return jax.tree.map(lambda *x: np.concatenate(x), *parts)

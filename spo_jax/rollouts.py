@@ -1,0 +1,335 @@
+"""Which rows grow next: flat responses, chains of cutpoints, trees.
+
+Every prompt is prefilled once; everything else is forked from rows that exist. Text
+exists only inside `grade`, on the host.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from spo_jax import sampler
+from spo_jax.compiles import program
+from spo_jax.config import ModelConfig
+from spo_jax.layout import before, fill, join
+from spo_jax.model import Params
+from spo_jax.segments import cutpoint_segments, segment_starts
+from spo_jax.structs import KVCache, Prompts, RolloutTree, Samples, Sampling, Trajectories
+
+# (problems, response tokens i32[B, T], lengths i32[B], finished bool[B]) -> rewards f32[B]
+Grade = Callable[[Sequence[Any], np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+# (prompts, prompt row i[B], samples) -> trainer's logprobs f32[B, T]
+Score = Callable[[Prompts, np.ndarray, Samples], np.ndarray]
+
+
+@dataclass
+class Engine:
+  """What samples and grades. `counts` and `grade_seconds` add up until they are taken."""
+
+  config: ModelConfig
+  sampling: Sampling
+  rows: int  # rows decoded at once: the shape of every program
+  response_tokens: int  # T
+  grade_fn: Grade
+  counts: dict[str, int] = field(default_factory=dict)
+  grade_seconds: float = 0.0
+
+  def __post_init__(self) -> None:
+    self.take_counts()
+
+  def take_counts(self) -> tuple[dict[str, int], float]:
+    """Tokens counted and seconds graded since this was last asked."""
+    taken = self.counts, self.grade_seconds
+    self.counts = dict.fromkeys(("prefilled", "decoded", "unique", "slot_steps"), 0)
+    self.grade_seconds = 0.0
+    return taken
+
+  def grade(self, prompts: Prompts, prompt: np.ndarray, samples: Samples) -> np.ndarray:
+    """Rewards f32[B] of whole responses to prompts i[B]; the only place where text is made."""
+    started = time.perf_counter()
+    problems = [prompts.problems[i] for i in prompt]
+    rewards = self.grade_fn(problems, samples.tokens, samples.lengths, samples.finished)
+    self.grade_seconds += time.perf_counter() - started
+    return np.asarray(rewards, np.float32)
+
+  def prefill(self, params: Params, tokens: np.ndarray, lengths: np.ndarray) -> KVCache:
+    """Encodes prompts i32[P, Lp]; rows of length 0 are fillers of the fixed shape."""
+    self.counts["prefilled"] += int(lengths.sum())
+    self.counts["unique"] += int(lengths.sum())
+    slots = tokens.shape[1] + self.response_tokens
+    return sampler.prefill(self.config, params, tokens, np.maximum(lengths, 1), slots=slots)
+
+  def grow(
+    self,
+    params: Params,
+    cache: KVCache,
+    parent: np.ndarray,
+    prefix: np.ndarray,
+    token: np.ndarray,
+    key: jax.Array,
+    ids: np.ndarray,
+    limit: np.ndarray,
+    max_tokens: int,
+    keep_cache: bool = False,
+  ) -> tuple[Samples, KVCache | None, jax.Array]:
+    """`sampler.grow`, still on the device; `fetch` brings the samples over."""
+    return sampler.grow(
+      self.config, params, cache, parent.astype(np.int32), prefix.astype(np.int32),
+      token.astype(np.int32), key, ids.astype(np.int32), limit.astype(np.int32), self.sampling,
+      max_tokens=max_tokens, keep_cache=keep_cache,
+    )  # fmt: skip
+
+  def fetch(self, samples: Samples, steps: jax.Array) -> Samples:
+    """Host copy of what was sampled, counted."""
+    on_host, steps = jax.device_get((samples, steps))
+    self.counts["decoded"] += int(on_host.lengths.sum())
+    self.counts["unique"] += int(on_host.lengths.sum())
+    self.counts["slot_steps"] += int(steps) * len(on_host.lengths)
+    return on_host
+
+
+@program(static_argnames=("interval", "max_segments"))
+def _cut(
+  logprobs: jax.Array, lengths: jax.Array, threshold: float, interval: int, max_segments: int
+) -> tuple[jax.Array, jax.Array]:
+  is_response = np.arange(logprobs.shape[1])[None] < lengths[:, None]
+  segment = cutpoint_segments(logprobs, is_response, threshold, interval)
+  return segment, segment_starts(segment, max_segments)
+
+
+def flat(
+  engine: Engine,
+  params: Params,
+  prompts: Prompts,
+  samples: int,
+  key: jax.Array,
+  score: Score | None = None,
+) -> Trajectories:
+  """`samples` responses per question, one segment each (GRPO, RLOO, evaluation)."""
+  parts = []
+  for prompt, response, _ in _respond(engine, params, prompts, samples, key, score):
+    parts.append(
+      Trajectories(
+        prompt=prompt,
+        samples=response,
+        rewards=engine.grade(prompts, prompt, response),
+        segment=np.where(before(response.lengths, engine.response_tokens), 0, -1).astype(np.int32),
+        values=np.zeros((len(prompt), 1), np.float32),
+      )
+    )
+  return _concatenate(parts)
+
+
+def chain(
+  engine: Engine,
+  params: Params,
+  prompts: Prompts,
+  samples: int,
+  continuations: int,
+  threshold: float,
+  interval: int,
+  key: jax.Array,
+  score: Score | None = None,
+) -> Trajectories:
+  """Responses cut in front of low-probability tokens, each boundary's value estimated.
+
+  V(s_b) is the mean reward of `continuations` fresh rollouts from s_b; identical prefixes
+  are estimated once; behind the last segment stands the response's own reward
+  (SPO-chain, arXiv:2505.23564).
+  """
+  own_key, continue_key = jax.random.split(key)
+  max_segments = -(-engine.response_tokens // interval)
+  parts, estimated = [], 0
+  for prompt, response, cache in _respond(engine, params, prompts, samples, own_key, score):
+    segment, starts = jax.device_get(
+      _cut(response.logprobs, response.lengths, threshold, interval, max_segments=max_segments)
+    )
+    values = np.zeros(starts.shape, np.float32)
+    row, k = np.nonzero(starts < engine.response_tokens)
+    first, inverse = _unique_prefixes(prompt, response.tokens, row, starts[row, k])
+    means = _continue(
+      engine, params, cache, prompts, prompt, response, row[first], starts[row, k][first],
+      continuations, continue_key, estimated,
+    )  # fmt: skip
+    values[row, k] = means[inverse]
+    estimated += len(first)
+    parts.append(Trajectories(prompt, response, engine.grade(prompts, prompt, response), segment, values))
+  return _concatenate(parts)
+
+
+def tree(
+  engine: Engine,
+  params: Params,
+  prompts: Prompts,
+  branch_factors: tuple[int, ...],
+  segment_tokens: int,
+  key: jax.Array,
+) -> RolloutTree:
+  """Trees of fixed-length segments; a node that ends early is a leaf, the last level runs free.
+
+  As many whole trees as `engine.rows` holds grow at once (SPO-tree, arXiv:2505.23564).
+  """
+  at_once = engine.rows // int(np.prod(branch_factors))
+  parts = []
+  for first in range(0, len(prompts.lengths), at_once):
+    rows = np.arange(first, min(first + at_once, len(prompts.lengths)))
+    parts.append(
+      _grow_trees(engine, params, prompts, rows, at_once, branch_factors, segment_tokens, key)
+    )
+  return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+def _respond(
+  engine: Engine,
+  params: Params,
+  prompts: Prompts,
+  samples: int,
+  key: jax.Array,
+  score: Score | None,
+) -> Iterator[tuple[np.ndarray, Samples, KVCache]]:
+  """Chunks of whole groups: (prompt row i[B], samples, their cache rows on the device)."""
+  at_once = engine.rows // samples
+  for first in range(0, len(prompts.lengths), at_once):
+    questions = np.arange(first, min(first + at_once, len(prompts.lengths)))
+    tokens, lengths = _take(prompts, questions, at_once)
+    parent = np.repeat(np.arange(at_once), samples)
+    ids = first * samples + np.arange(at_once * samples)
+    is_real = parent < len(questions)
+    prefix = np.maximum(lengths, 1)[parent]
+    drawn, cache, steps = engine.grow(
+      params, engine.prefill(params, tokens, lengths), parent, prefix, tokens[parent, prefix - 1],
+      key, ids, is_real * engine.response_tokens, engine.response_tokens, keep_cache=True,
+    )  # fmt: skip
+    response = jax.tree.map(lambda x: x[is_real], engine.fetch(drawn, steps))
+    prompt = questions[parent[is_real]]
+    if score is not None:
+      response = response.replace(logprobs=score(prompts, prompt, response))
+    yield prompt, response, cache
+
+
+def _unique_prefixes(
+  prompt: np.ndarray, tokens: np.ndarray, row: np.ndarray, start: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Indices of the distinct (question, tokens before start) and each boundary's index there.
+
+  Sorted by question first, so the numbering does not depend on how rows are chunked.
+  """
+  prefix = np.where(before(start, tokens.shape[1]), tokens[row], -1)
+  named = np.concatenate([prompt[row, None], prefix], axis=1)
+  _, first, inverse = np.unique(named, axis=0, return_index=True, return_inverse=True)
+  return first, inverse.reshape(-1)
+
+
+def _continue(
+  engine: Engine,
+  params: Params,
+  cache: KVCache,
+  prompts: Prompts,
+  prompt: np.ndarray,
+  response: Samples,
+  row: np.ndarray,
+  start: np.ndarray,
+  continuations: int,
+  key: jax.Array,
+  first_id: int,
+) -> np.ndarray:
+  """Mean reward f32[U] of fresh continuations of `response[row, :start]`.
+
+  Rows are decoded in order of their start, so that those of one program end together.
+  """
+  ids = first_id * continuations + np.arange(len(row) * continuations)
+  order = np.argsort(np.repeat(start, continuations), kind="stable")
+  source = np.repeat(np.arange(len(row)), continuations)[order]
+  row, start, ids = row[source], start[source], ids[order]
+  prefix = prompts.lengths[prompt[row]] + start
+  last_of_prompt = prompts.tokens[prompt[row], prompts.lengths[prompt[row]] - 1]
+  token = np.where(start > 0, response.tokens[row, start - 1], last_of_prompt)
+  limit = engine.response_tokens - start
+
+  drawn = []
+  for begin in range(0, len(row), engine.rows):
+    part = slice(begin, begin + engine.rows)
+    samples, _, steps = engine.grow(
+      params, cache, fill(row[part], engine.rows), fill(prefix[part], engine.rows, 1),
+      fill(token[part], engine.rows), key, fill(ids[part], engine.rows),
+      fill(limit[part], engine.rows), engine.response_tokens,
+    )  # fmt: skip
+    drawn.append((part, samples, steps))
+
+  rewards = np.zeros(len(row), np.float32)
+  for part, samples, steps in drawn:
+    fetched = engine.fetch(samples, steps)
+    fetched = jax.tree.map(lambda x, n=len(row[part]): x[:n], fetched)
+    whole = join(response.tokens[row[part]], start[part], fetched)
+    rewards[part] = engine.grade(prompts, prompt[row[part]], whole)
+  total = np.bincount(source, rewards, len(row) // continuations)
+  return (total / continuations).astype(np.float32)
+
+
+def _grow_trees(
+  engine: Engine,
+  params: Params,
+  prompts: Prompts,
+  questions: np.ndarray,
+  at_once: int,
+  branch_factors: tuple[int, ...],
+  segment_tokens: int,
+  key: jax.Array,
+) -> RolloutTree:
+  """One chunk of trees, level by level; `at_once` trees is the fixed shape."""
+  tokens, lengths = _take(prompts, questions, at_once)
+  cache = engine.prefill(params, tokens, lengths)
+  prefix = np.maximum(lengths, 1)
+  token = tokens[np.arange(at_once), prefix - 1]
+  alive = np.arange(at_once) < len(questions)
+  path = Samples(  # the whole response down to each node of the level above
+    tokens=np.zeros((at_once, engine.response_tokens), np.int32),
+    logprobs=np.zeros((at_once, engine.response_tokens), np.float32),
+    lengths=np.zeros(at_once, np.int32),
+    finished=np.zeros(at_once, bool),
+  )
+  levels = []
+  for depth, branch in enumerate(branch_factors):
+    is_last = depth == len(branch_factors) - 1
+    room = engine.response_tokens - depth * segment_tokens
+    max_tokens = room if is_last else segment_tokens
+    parent = np.repeat(np.arange(len(alive)), branch)
+    nodes = len(parent) // at_once
+    valid = alive[parent]
+    # A node's key is its place in its own tree and the question's place in the iteration.
+    ids = questions[0] * nodes + np.arange(len(parent))
+    drawn, cache, steps = engine.grow(
+      params, cache, parent, prefix[parent], token[parent], jax.random.fold_in(key, depth), ids,
+      valid * max_tokens, max_tokens, keep_cache=not is_last,
+    )  # fmt: skip
+    own = engine.fetch(drawn, steps)
+    path = join(path.tokens[parent], path.lengths[parent], own)
+    graded = np.flatnonzero(valid & (own.finished | is_last))
+    rewards = np.zeros(len(parent), np.float32)
+    prompt = questions[0] + np.arange(len(parent)) // nodes
+    rewards[graded] = engine.grade(prompts, prompt[graded], jax.tree.map(lambda x: x[graded], path))
+    levels.append((own.tokens, own.logprobs, own.lengths, own.finished, valid, rewards))
+    prefix = prefix[parent] + own.lengths
+    token = own.tokens[np.arange(len(parent)), np.maximum(own.lengths, 1) - 1]
+    alive = valid & ~own.finished
+
+  def by_tree(x: np.ndarray) -> np.ndarray:
+    return x.reshape(at_once, -1, *x.shape[1:])[: len(questions)]
+
+  columns = [tuple(map(by_tree, column)) for column in zip(*levels)]
+  return RolloutTree(*columns, branch_factors=branch_factors)
+
+
+def _take(prompts: Prompts, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+  """Prompt tokens and lengths, filled up to `count` rows of length 0."""
+  return fill(prompts.tokens[rows], count), fill(prompts.lengths[rows], count)
+
+
+def _concatenate(parts: list[Trajectories]) -> Trajectories:
+  return jax.tree.map(lambda *x: np.concatenate(x), *parts)

@@ -1,0 +1,132 @@
+"""What lives from one iteration to the next: state, logs, checkpoints, summary."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from spo_jax import runlog
+from spo_jax.checkpoint import Checkpoints
+from spo_jax.compiles import CompileCount
+from spo_jax.experiment import Experiment
+from spo_jax.model import Params
+from spo_jax.packing import EdgeBuffer
+from spo_jax.sft import warm_start
+from spo_jax.update import init_state, make_optimizer
+
+ACCURACIES = ("greedy_accuracy", "sampled_accuracy")
+
+
+class Clock:
+  """Laps of one iteration, seconds."""
+
+  def __init__(self) -> None:
+    self.laps: dict[str, float] = {}
+    self._last = time.perf_counter()
+
+  def lap(self, name: str) -> None:
+    now = time.perf_counter()
+    self.laps[name] = now - self._last
+    self._last = now
+
+
+class Run:
+  """A run at its newest checkpoint, or at iteration 0 behind its warm start.
+
+  Attributes:
+    state, reference, buffer, iteration: what training reads and changes.
+  """
+
+  def __init__(
+    self, experiment: Experiment, run_dir: Path, log: runlog.RunLog, compiles: CompileCount
+  ):
+    config = experiment.config
+    self.experiment, self.run_dir, self.log, self.compiles = experiment, run_dir, log, compiles
+    self.optimizer = make_optimizer(config.optimizer)
+    self.buffer = EdgeBuffer(config.spo.edges_per_question, config.spo.max_edge_age)
+    self.reference: Params | None = None
+    self._started = time.perf_counter()
+    self._totals: dict[str, float] = {"seconds": 0.0, "tokens": 0}
+    self._checkpoints = Checkpoints(run_dir / "checkpoints" / "policy", config.checkpoint.keep)
+    self.iteration = self._checkpoints.latest()
+    if self.iteration is None:
+      self._begin()
+    else:
+      self._restore()
+
+  def _begin(self) -> None:
+    self.log.resume_at(-1)
+    params = warm_start(self.experiment, self.run_dir)
+    self.state = init_state(params, self.optimizer)
+    if self._needs_reference:
+      self.reference = jax.tree.map(jnp.copy, params)  # the state's own buffers are donated
+      with Checkpoints(self._reference_dir, keep=1) as checkpoints:
+        checkpoints.save(0, params, {})
+    self.finish(0, {}, Clock())
+
+  def _restore(self) -> None:
+    self.log.resume_at(self.iteration)
+    template = init_state(self.experiment.init_params(), self.optimizer)
+    self.state, counters, self.buffer.edges = self._checkpoints.restore(self.iteration, template)
+    self.compiles.programs |= set(counters["programs"])
+    self._totals = counters["totals"]
+    if self._needs_reference:
+      with Checkpoints(self._reference_dir, keep=1) as checkpoints:
+        self.reference, _, _ = checkpoints.restore(0, template.params)
+
+  @property
+  def _needs_reference(self) -> bool:
+    return self.experiment.config.train.kl.coefficient > 0
+
+  @property
+  def _reference_dir(self) -> Path:
+    return self.run_dir / "checkpoints" / "reference"
+
+  def finish(self, iteration: int, figures: dict[str, Any], clock: Clock) -> dict[str, Any]:
+    """Evaluates, logs and saves where it is time to; returns the record that was logged."""
+    config, engine = self.experiment.config, self.experiment.engine
+    self.iteration = iteration
+    is_last = iteration == config.train.iterations
+    record = dict(figures)
+    if iteration:
+      counts, clock.laps["time/grade_s"] = engine.take_counts()
+      record |= {f"tokens/{name}": count for name, count in counts.items()}
+      self._totals["tokens"] += counts["prefilled"] + counts["decoded"] + record["tokens/trained"]
+    if iteration % config.eval.every == 0 or is_last:
+      accuracies, texts = self.experiment.accuracies(
+        self.state.params, "test", config.eval.problems
+      )
+      record |= {f"eval/{name}": value for name, value in accuracies.items()}
+      self.log.log_samples(iteration, texts)
+      clock.lap("time/eval_s")
+    record |= {"compile/count": len(self.compiles.programs), **clock.laps}
+    self.log.log(iteration, record)
+    if iteration % config.checkpoint.every == 0 or is_last:
+      self._totals["seconds"] += self._elapsed()
+      counters = {"programs": sorted(self.compiles.programs), "totals": self._totals}
+      self._checkpoints.save(iteration, self.state, counters, self.buffer.edges)
+    return record
+
+  def _elapsed(self) -> float:
+    """Seconds since this was last asked, or since the start."""
+    now = time.perf_counter()
+    elapsed, self._started = now - self._started, now
+    return elapsed
+
+  def close(self) -> dict[str, Any]:
+    """Waits for the last checkpoint, writes summary.json and returns it."""
+    self._checkpoints.close()
+    evaluated = [r for r in runlog.read_metrics(self.run_dir) if "eval/greedy_accuracy" in r]
+    summary = {
+      "initial": {name: evaluated[0][f"eval/{name}"] for name in ACCURACIES},
+      "final": {name: evaluated[-1][f"eval/{name}"] for name in ACCURACIES},
+      "iterations": self.iteration,
+      "seconds": self._totals["seconds"] + self._elapsed(),
+      "tokens": int(self._totals["tokens"]),
+    }
+    self.log.write_summary(summary)
+    return summary

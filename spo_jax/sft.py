@@ -1,0 +1,47 @@
+"""Warm start: supervised steps on demonstrations until a dev set's sampled accuracy is reached."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spo_jax import runlog
+from spo_jax.checkpoint import Checkpoints
+from spo_jax.experiment import Experiment
+from spo_jax.model import Params
+from spo_jax.update import init_state, make_optimizer, supervised_update
+
+
+def warm_start(experiment: Experiment, run_dir: Path) -> Params:
+  """Trains fresh parameters; continues a killed warm start from its newest checkpoint.
+
+  It ends by accuracy and not by a clock, because learning this kind of task is a phase
+  transition. Its figures go to `run_dir/warm_start/`, one record per check.
+  """
+  settings = experiment.config.sft
+  optimizer = make_optimizer(settings.optimizer)
+  state = init_state(experiment.init_params(), optimizer)
+  if not settings.max_steps:
+    return state.params
+  checkpoints = Checkpoints(run_dir / "checkpoints" / "warm_start", keep=1)
+  step, accuracy = checkpoints.latest() or 0, 0.0
+  if step:
+    state, counters, _ = checkpoints.restore(step, state)
+    accuracy = counters["sampled_accuracy"]
+  with (
+    runlog.RunLog(run_dir / "warm_start") as log,
+    runlog.progress("warm start", total=settings.max_steps, start=step) as bar,
+  ):
+    log.resume_at(step)
+    while step < settings.max_steps and accuracy < settings.target_accuracy:
+      steps = min(settings.check_every, settings.max_steps - step)
+      for _ in range(steps):
+        rows = experiment.demonstrations(step * settings.batch_rows, settings.batch_rows)
+        state, loss = supervised_update(experiment.model_config, optimizer, state, *rows)
+        step += 1
+      figures, _ = experiment.accuracies(state.params, "validation", settings.check_problems)
+      accuracy = figures["sampled_accuracy"]
+      log.log(step, {"loss": loss, **figures})
+      bar.advance(steps, loss=float(loss), sampled=accuracy, greedy=figures["greedy_accuracy"])
+      checkpoints.save(step, state, {"sampled_accuracy": accuracy})
+  checkpoints.close()
+  return state.params

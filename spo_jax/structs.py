@@ -1,0 +1,131 @@
+"""Every struct that passes between rooms, as a struct of arrays.
+
+Dimension letters used in every shape of this project:
+
+  P prompts (questions)    B rows               T response tokens
+  L row tokens             S segments           C cache slots
+  V vocabulary             E embedding width    N query heads
+  K key/value heads        H head width         D tree levels
+
+A row is `prompt + response`, left-aligned and padded on the right. `logprobs[:, t]`
+scores `tokens[:, t]`; it is 0 where nothing was sampled.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from flax import struct
+
+Array = jax.Array | np.ndarray
+
+
+@struct.dataclass
+class KVCache:
+  """Keys and values of every row, left-aligned, with a length of its own per row.
+
+  `length[b]` tokens of row b are stored. Forking a row is: gather it, set its length.
+  """
+
+  keys: tuple[jax.Array, ...]  # per layer [B, K, C, H]
+  values: tuple[jax.Array, ...]  # per layer [B, K, C, H]
+  length: jax.Array  # i32[B]
+
+
+@struct.dataclass
+class Sampling:
+  """How tokens are drawn. Logprobs are those of the tempered, untruncated softmax."""
+
+  temperature: float | jax.Array  # 0: greedy
+  top_p: float | jax.Array  # 1: off
+  end_ids: tuple[int, ...] = struct.field(pytree_node=False)
+  pad_id: int = struct.field(pytree_node=False)
+  top_k: int = struct.field(pytree_node=False, default=0)  # 0: off
+  truncate: bool = struct.field(pytree_node=False, default=False)  # top-p or top-k in use
+
+
+@struct.dataclass
+class Samples:
+  """What the sampler drew for B rows, response tokens only."""
+
+  tokens: Array  # i32[B, T], pad after the end
+  logprobs: Array  # f32[B, T], 0 after the end
+  lengths: Array  # i32[B], the end-of-text token included
+  finished: Array  # bool[B], the row ended by an end-of-text token
+
+
+@struct.dataclass
+class Prompts:
+  """Tokenised questions of one iteration."""
+
+  tokens: np.ndarray  # i32[P, Lp]
+  lengths: np.ndarray  # i32[P]
+  question: np.ndarray  # i64[P], identity of the question across iterations
+  problems: tuple[Any, ...] = struct.field(pytree_node=False)  # tasks.Problem, for the grader
+
+
+@struct.dataclass
+class Trajectories:
+  """Whole responses with the value of every segment boundary (flat and chain rollouts).
+
+  The one intermediate form of all estimators: a segment id per token and a value in
+  front of each segment; S = 0 where no value was estimated.
+  """
+
+  prompt: np.ndarray  # i32[B], row of Prompts
+  samples: Samples  # host arrays
+  rewards: np.ndarray  # f32[B]
+  segment: np.ndarray  # i32[B, T], -1: no segment
+  values: np.ndarray  # f32[B, S]
+
+
+@struct.dataclass
+class RolloutTree:
+  """P trees; level d (1..D) holds n_d = b_1 * ... * b_d nodes per tree.
+
+  Node i's children one level down are i*b .. i*b + b - 1, so there are no parent
+  pointers. Nodes below a finished one are not valid. Tuples run over levels 1..D.
+  """
+
+  tokens: tuple[np.ndarray, ...]  # i32[P, n_d, M_d]
+  logprobs: tuple[np.ndarray, ...]  # f32[P, n_d, M_d]
+  lengths: tuple[np.ndarray, ...]  # i32[P, n_d]
+  finished: tuple[np.ndarray, ...]  # bool[P, n_d]
+  valid: tuple[np.ndarray, ...]  # bool[P, n_d]
+  rewards: tuple[np.ndarray, ...]  # f32[P, n_d], 0 on nodes that were not graded
+  branch_factors: tuple[int, ...] = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class Edges:
+  """Tree nodes as training samples: context, own tokens and one advantage each."""
+
+  tokens: np.ndarray  # i32[B, L], prompt, path and own tokens
+  logprobs: np.ndarray  # f32[B, L], of the behaviour policy, 0 outside the own tokens
+  start: np.ndarray  # i32[B], first own token
+  end: np.ndarray  # i32[B], one behind the last
+  advantage: np.ndarray  # f32[B]
+  question: np.ndarray  # i64[B]
+  born: np.ndarray  # i32[B], iteration of the rollout
+
+
+@struct.dataclass
+class TrainRows:
+  """Training rows of fixed width: the one form that the update consumes."""
+
+  tokens: Array  # i32[B, L]
+  is_token: Array  # bool[B, L], real tokens, context included
+  mask: Array  # bool[B, L], where the loss looks
+  logprobs: Array  # f32[B, L], of the behaviour policy, from generation
+  advantages: Array  # f32[B, L]
+
+
+@struct.dataclass
+class TrainState:
+  """What an update changes."""
+
+  params: Any
+  opt_state: Any
+  step: jax.Array  # i32[], optimiser updates applied

@@ -1,0 +1,168 @@
+"""SPO training: python -m spo_jax.train --config configs/laptop_chain.yaml
+
+One iteration (Segment Policy Optimization, arXiv:2505.23564, Algorithm 1):
+  1. sample responses, cut them into segments, estimate the value of every boundary by
+     fresh rollouts (chain) or as the mean of its children (tree);
+  2. give each segment the change in value as its advantage;
+  3. take masked, clipped policy steps on the rows that have a signal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from spo_jax import __version__, packing, runlog
+from spo_jax.algorithms import collect
+from spo_jax.compiles import CompileCount
+from spo_jax.config import Config, ConfigError, changed_keys, load, to_yaml
+from spo_jax.experiment import Experiment, Purpose, build
+from spo_jax.model import count_params
+from spo_jax.report import write_report
+from spo_jax.run import Clock, Run
+from spo_jax.structs import TrainRows
+from spo_jax.update import policy_update, summarise
+
+
+def train(experiment: Experiment, run_dir: Path, log: runlog.RunLog) -> dict[str, Any]:
+  """Runs, or continues, the run of `run_dir`; returns its summary."""
+  config = experiment.config
+  with CompileCount() as compiles:
+    run = Run(experiment, run_dir, log, compiles)
+    with runlog.progress(config.algorithm, config.train.iterations, run.iteration) as bar:
+      for iteration in range(run.iteration + 1, config.train.iterations + 1):
+        clock = Clock()
+        count = config.rollout.questions
+        prompts = experiment.questions(cursor=(iteration - 1) * count, count=count)
+        rows, figures = collect(experiment, run.state.params, prompts, iteration, run.buffer)
+        clock.lap("time/rollout_s")
+        losses = learn(run, rows, iteration)
+        clock.lap("time/update_s")
+        record = run.finish(iteration, {**figures, **losses}, clock)
+        bar.advance(**{name: record[key] for key, name in _LIVE.items() if key in record})
+    return run.close()
+
+
+_LIVE = {
+  "rollout/reward_mean": "reward",
+  "eval/greedy_accuracy": "greedy",
+  "eval/sampled_accuracy": "sampled",
+  "mask/fraction": "mask",
+}
+
+
+def learn(run: Run, rows: TrainRows, iteration: int) -> dict[str, float]:
+  """The policy updates of one iteration; nothing crosses to the host inside one."""
+  config = run.experiment.config
+  temperature = jax.device_put(np.float32(config.rollout.temperature))
+  measured, tokens = [], 0
+  for batch, used in packing.optimiser_batches(
+    rows, config.train.batch_rows, config.train.micro_batch_rows, config.train.epochs,
+    run.experiment.rng(Purpose.SHUFFLE, iteration),
+  ):  # fmt: skip
+    tokens += int(batch.is_token.sum())
+    on_device = jax.device_put((batch, np.int32(used)))
+    with jax.transfer_guard("disallow"):
+      run.state, metrics = policy_update(
+        run.experiment.model_config, config.train, run.optimizer, run.state, run.reference,
+        *on_device, temperature,
+      )  # fmt: skip
+    measured.append(metrics)
+  return {**summarise(measured), "tokens/trained": tokens}
+
+
+# A resumed run may change these; anything else would make it another run.
+_RESUME_MAY_CHANGE = ("train.iterations", "eval.", "checkpoint.", "log.")
+
+
+def open_run_dir(config: Config, config_path: Path, run_dir: Path | None, resume: bool) -> Path:
+  """The directory to run in.
+
+  Raises:
+    ConfigError: it holds another run, or `resume` finds none.
+  """
+  if run_dir is None:
+    runs = sorted(Path("runs").glob(f"{config_path.stem}-*/config.yaml"))
+    if resume and not runs:
+      raise ConfigError(f"--resume: runs/ holds no run of {config_path.stem}; give --run-dir.")
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    run_dir = runs[-1].parent if resume else Path("runs") / f"{config_path.stem}-{stamp}"
+  stored = run_dir / "config.yaml"
+  if stored.exists() and not resume:
+    raise ConfigError(f"{run_dir} holds a run already; add --resume or name another --run-dir.")
+  if resume and not stored.exists():
+    raise ConfigError(f"--resume: {run_dir} holds no run; check --run-dir.")
+  if resume:
+    changed = changed_keys(load(stored), config)
+    blocking = [key for key in changed if not key.startswith(_RESUME_MAY_CHANGE)]
+    if blocking:
+      raise ConfigError(
+        f"--resume: {blocking[0]} differs from {stored}; set it back or start a new run."
+      )
+  return run_dir
+
+
+def plan(experiment: Experiment) -> str:
+  """What an iteration will do, in a few lines for a person."""
+  config, rollout, spo = experiment.config, experiment.config.rollout, experiment.config.spo
+  shape = {
+    "chain": f"{rollout.samples} responses each, cut at every {spo.interval} cutpoints, "
+    f"{spo.continuations} continuations per boundary",
+    "tree": f"one tree each, branch factors {list(spo.branch_factors)}, {spo.segment_tokens} "
+    f"tokens per level, {config.leaves} leaves",
+  }.get(config.algorithm, f"{rollout.samples} responses each")
+  devices = jax.devices()
+  return "\n".join((
+    f"spo_jax {__version__}, jax {jax.__version__}, {len(devices)} x {devices[0].device_kind}",
+    f"model: {count_params(experiment.model_config):,} parameters, "
+    f"vocabulary {experiment.model_config.vocab_size}",
+    f"task: {config.task.name}; warm start: at most {config.sft.max_steps} steps",
+    f"{config.train.iterations} iterations of {rollout.questions} questions: {shape}",
+    f"rollouts: {rollout.rows} rows at once, {config.row_tokens} tokens each",
+    f"updates: {config.train.batch_rows} rows in micro-batches of "
+    f"{config.train.micro_batch_rows}, {config.train.epochs} epochs",
+  ))  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(
+    prog="python -m spo_jax.train", description="Train a policy with SPO-chain, SPO-tree, GRPO."
+  )
+  parser.add_argument("--config", type=Path, required=True, help="a YAML file, see configs/")
+  parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+                      help="change keys of the file, e.g. --set seed=1 train.iterations=5")  # fmt: skip
+  parser.add_argument("--run-dir", type=Path, help="default: runs/CONFIG-TIME")
+  parser.add_argument("--resume", action="store_true",
+                      help="continue the run of --run-dir, or the newest of this config")  # fmt: skip
+  parser.add_argument("--dry-run", action="store_true",
+                      help="print the resolved config and the plan, then stop")  # fmt: skip
+  options = parser.parse_args(arguments)
+  try:
+    config = load(options.config, options.set)
+    experiment = build(config)
+    if options.dry_run:
+      print(to_yaml(config) + "\n" + plan(experiment))
+      return 0
+    run_dir = open_run_dir(config, options.config, options.run_dir, options.resume)
+    log = runlog.RunLog(run_dir, "spo_jax" if config.log.wandb else None)
+  except (ConfigError, ValueError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  with log:
+    log.write_config(to_yaml(config))
+    print(to_yaml(config) + "\n" + plan(experiment), flush=True)
+    summary = train(experiment, run_dir, log)
+    runlog.final_table(summary, run_dir)
+    print(f"Report: {write_report(run_dir)}")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

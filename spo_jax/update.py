@@ -1,0 +1,197 @@
+"""One optimiser update as one program: gradients over micro-batches, one division, one step.
+
+Whitening, the mask's size and the KL denominator belong to the whole optimiser batch, so
+micro-batch size and device count do not change the gradient (`official` reproduces the
+authors' per-micro-batch form). A batch that is not finite, or whose mean probability
+ratio is too large, changes nothing and is counted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spo_jax import model
+from spo_jax.advantages import whiten
+from spo_jax.compiles import program
+from spo_jax.config import ModelConfig, OptimizerConfig, TrainConfig
+from spo_jax.losses import kl_loss, policy_loss, token_logprobs
+from spo_jax.structs import TrainRows, TrainState
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+  """AdamW with linear warm-up and clipping by global norm (0: no clipping)."""
+  warmup = config.warmup_steps
+  schedule = optax.linear_schedule(
+    config.learning_rate / (warmup + 1), config.learning_rate, warmup
+  ) if warmup else config.learning_rate  # fmt: skip
+  return optax.chain(
+    optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+    optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
+  )
+
+
+def init_state(params: model.Params, optimizer: optax.GradientTransformation) -> TrainState:
+  return TrainState(params=params, opt_state=optimizer.init(params), step=jnp.int32(0))
+
+
+def score(
+  config: ModelConfig,
+  params: model.Params,
+  tokens: jax.Array,
+  is_token: jax.Array,
+  temperature: float | jax.Array = 1.0,
+) -> jax.Array:
+  """Logprobs f32[B, L] of rows by a full forward: slot t scores token t, slot 0 is 0."""
+  hidden = model.hidden_states(config, params, tokens, is_token)
+  logprobs = token_logprobs(
+    hidden[:, :-1], model.head_weight(config, params), tokens[:, 1:], temperature
+  )
+  return jnp.pad(logprobs, ((0, 0), (1, 0)))
+
+
+@program(static_argnames=("config",))
+def score_rows(
+  config: ModelConfig,
+  params: model.Params,
+  tokens: jax.Array,
+  is_token: jax.Array,
+  temperature: float,
+) -> jax.Array:
+  """`score` as a program of its own."""
+  return score(config, params, tokens, is_token, temperature)
+
+
+@program(static_argnames=("config", "train", "optimizer"), donate_argnames=("state",))
+def policy_update(
+  config: ModelConfig,
+  train: TrainConfig,
+  optimizer: optax.GradientTransformation,
+  state: TrainState,
+  reference: model.Params | None,
+  batch: TrainRows,
+  used: jax.Array,
+  temperature: jax.Array,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """The masked clipped objective of SPO over one optimiser batch.
+
+    L = -(1/Z) sum_t M_t min(r_t A_t, clip(r_t) A_t) + beta * KL     arXiv:2505.23564, eq. 7
+
+  Args:
+    reference: parameters of the reference policy, None where train.kl.coefficient is 0.
+    batch: [micro-batches, rows, L]; used: i32[], how many micro-batches hold rows.
+  Returns: the new state and scalar metrics, means over the masked tokens of the batch.
+  """
+  kl = train.kl
+  mask = batch.mask
+  tokens_per_micro = jnp.sum(mask, axis=(1, 2))
+  total_tokens = jnp.maximum(jnp.sum(tokens_per_micro), 1)
+  total_rows = jnp.maximum(jnp.sum(jnp.any(mask, axis=2)), 1)
+  if train.whiten and train.official:
+    advantages = jax.vmap(whiten)(batch.advantages, mask)
+  elif train.whiten:
+    flat = (-1, mask.shape[-1])
+    advantages = whiten(batch.advantages.reshape(flat), mask.reshape(flat)).reshape(mask.shape)
+  else:
+    advantages = batch.advantages
+  batch = batch.replace(advantages=advantages)
+
+  def loss(params: model.Params, rows: TrainRows) -> tuple[jax.Array, dict[str, jax.Array]]:
+    logprobs = score(config, params, rows.tokens, rows.is_token, temperature)
+    objective, count, sums = policy_loss(
+      logprobs, rows.logprobs, rows.advantages, rows.mask, train.clip_low, train.clip_high
+    )
+    divergence = jnp.float32(0)
+    if reference is not None:
+      ref = score(config, reference, rows.tokens, rows.is_token, temperature)
+      floor = 0.0 if train.official else None
+      divergence, _ = kl_loss(logprobs, ref, rows.mask, kl.kind, floor)
+    if train.official:
+      ratio_ok = sums["ratio_sum"] <= train.max_ratio * count
+      policy = jnp.where(ratio_ok, objective, 0.0) / jnp.maximum(count, 1) / used
+      own_rows = jnp.maximum(jnp.sum(jnp.any(rows.mask, axis=1)), 1)
+      kl_rows, kl_tokens = own_rows * used, jnp.maximum(count, 1) * used
+    else:
+      policy = objective / total_tokens
+      kl_rows, kl_tokens = total_rows, total_tokens
+    divergence /= kl_rows if kl.aggregation == "sequence_sum" else kl_tokens
+    return policy + kl.coefficient * divergence, {"policy": policy, "kl": divergence, **sums}
+
+  def accumulate(i: jax.Array, carry: Any) -> Any:
+    rows = jax.tree.map(lambda x: x[i], batch)
+    (value, sums), grads = jax.value_and_grad(loss, has_aux=True)(state.params, rows)
+    return jax.tree.map(jnp.add, carry, (value, sums, grads))
+
+  first = jax.tree.map(lambda x: x[0], batch)
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype),
+    jax.eval_shape(lambda p: (*loss(p, first), p), state.params),
+  )
+  value, sums, grads = jax.lax.fori_loop(0, used, accumulate, zeros)
+
+  mean_ratio = sums["ratio_sum"] / total_tokens
+  norm = optax.tree.norm(grads)
+  finite = jnp.isfinite(value) & jnp.isfinite(norm)
+  ratio_ok = train.official | (mean_ratio <= train.max_ratio)
+  new_state = _apply(optimizer, state, grads, finite & ratio_ok)
+  metrics = {
+    "loss/policy": sums["policy"],
+    "loss/kl": sums["kl"],
+    "loss/clip_fraction": sums["clipped_sum"] / total_tokens,
+    "loss/approx_kl": sums["approx_kl_sum"] / total_tokens,
+    "loss/ratio_mean": mean_ratio,
+    "loss/gradient_norm": norm,
+    "loss/skipped_nonfinite": (~finite).astype(jnp.float32),
+    "loss/skipped_ratio": (finite & ~ratio_ok).astype(jnp.float32),
+  }
+  return new_state, metrics
+
+
+def summarise(updates: list[dict[str, jax.Array]]) -> dict[str, float]:
+  """The metrics of an iteration's updates on the host: means, and counts of skipped ones."""
+  on_host = jax.device_get(updates)
+
+  def total(name: str) -> float:
+    return float(sum(metrics[name] for metrics in on_host))
+
+  means = ("policy", "kl", "clip_fraction", "approx_kl", "ratio_mean", "gradient_norm")
+  return {
+    **{f"loss/{name}": total(f"loss/{name}") / max(len(on_host), 1) for name in means},
+    "loss/skipped_nonfinite": total("loss/skipped_nonfinite"),
+    "loss/skipped_ratio": total("loss/skipped_ratio"),
+    "loss/updates": float(len(on_host)),
+  }
+
+
+@program(static_argnames=("config", "optimizer"), donate_argnames=("state",))
+def supervised_update(
+  config: ModelConfig,
+  optimizer: optax.GradientTransformation,
+  state: TrainState,
+  tokens: jax.Array,
+  is_token: jax.Array,
+  mask: jax.Array,
+) -> tuple[TrainState, jax.Array]:
+  """Cross-entropy on the masked tokens of i32[B, L] rows; returns the mean loss too."""
+
+  def loss(params: model.Params) -> jax.Array:
+    logprobs = score(config, params, tokens, is_token)
+    return -jnp.sum(jnp.where(mask, logprobs, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+
+  value, grads = jax.value_and_grad(loss)(state.params)
+  return _apply(optimizer, state, grads, jnp.isfinite(value)), value
+
+
+def _apply(
+  optimizer: optax.GradientTransformation, state: TrainState, grads: Any, wanted: jax.Array
+) -> TrainState:
+  """One optimiser step where `wanted`, the unchanged state otherwise."""
+
+  def step() -> TrainState:
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
+
+  return jax.lax.cond(wanted, step, lambda: state)

@@ -1,0 +1,447 @@
+from __future__ import annotations
+
+import functools
+
+import golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from spo_jax import losses
+
+B, T = 4, 9  # one shape for all drawn examples: one compilation
+KL_NAMES = {"kl": "k1", "abs": "abs", "mse": "k2", "control_variate": "k3"}
+
+policy_loss = jax.jit(losses.policy_loss)
+value_loss = jax.jit(losses.value_loss)
+dvo_loss = jax.jit(losses.dvo_loss)
+kl_estimate = jax.jit(losses.kl_estimate, static_argnums=2)
+kl_loss = jax.jit(losses.kl_loss, static_argnums=(3, 4))
+token_logprobs = jax.jit(losses.token_logprobs, static_argnames="chunk_tokens")
+
+many = settings(deadline=None, max_examples=60)
+masks_drawn = hnp.arrays(bool, (B, T))
+seeds = st.integers(0, 2**32 - 1)
+
+
+def close(actual, expected, tolerance=1e-5):
+  np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def padded(rows, width=32):
+  """Into one shape for all reference cases: one compilation; NaN must not matter."""
+  rows = np.array(rows, np.float32)
+  return np.pad(rows, ((0, 0), (0, width - rows.shape[1])), constant_values=np.nan)
+
+
+def batch(seed, scale=0.5):
+  """Logprobs (new, old, reference) and advantages of a random batch."""
+  rng = np.random.default_rng(seed)
+  old = -rng.exponential(1.0, (B, T))
+  new, ref = (np.minimum(old + rng.normal(0, scale, (B, T)), 0.0) for _ in range(2))
+  return [x.astype(np.float32) for x in (new, old, ref, rng.normal(size=(B, T)))]
+
+
+# Policy objective.
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def reference_objective(new, old, ref, advantages, kind, kl_coef, mask, clip, limit):
+  """The authors' loss of one micro-batch, put together from ours."""
+  total, count, metrics = losses.policy_loss(new, old, advantages, mask, clip, clip)
+  loss = losses.mean(total, count)
+  if kind is not None:
+    loss += kl_coef * losses.kl_loss(new, ref, mask, kind)[0] / new.shape[0]
+  skipped = losses.mean(metrics["ratio_sum"], count) > limit
+  return jnp.where(skipped, 0.0, loss), (count, metrics, skipped)
+
+
+@pytest.mark.parametrize("case", golden.load("losses")["actor_loss"])
+def test_policy_loss_and_its_gradient_agree_with_the_reference(case):
+  names = ("new_logprobs", "old_logprobs", "ref_logprobs", "advantages")
+  new, old, ref, advantages = (padded(case[k]) for k in names)
+  mask = np.nan_to_num(padded(case["mask"])) != 0
+  if case["prob_mask"]:
+    mask &= np.exp(old) < case["threshold"]
+  kind = KL_NAMES.get(case["kl_estimator"])
+  objective = jax.value_and_grad(reference_objective, has_aux=True)
+  (loss, (count, metrics, skipped)), gradient = objective(
+    new, old, ref, advantages, kind, case["kl_coef"], mask, case["clip"], case["ratio_threshold"]
+  )
+  assert skipped == case["skipped"]
+  close(loss, case["loss"])
+  width = len(case["mask"][0])
+  close(gradient[:, :width], case["grad_new_logprobs"])
+  np.testing.assert_array_equal(gradient[:, width:], 0.0)
+  expected = case["metrics"]
+  close(metrics["ratio_sum"] / count, expected["ratio"])
+  close(metrics["clipped_sum"] / count, expected["clip_frac"])
+  close(metrics["policy_kl_sum"] / count, expected["policy_kl"])
+  close(metrics["approx_kl_sum"] / count, expected["approx_kl"])
+  if kind is not None:
+    kl = kl_loss(new, ref, mask, kind, 0.0)[0] / len(new)
+    close(case["kl_coef"] * kl, expected["ref_kl_loss"])
+
+
+def test_policy_loss_by_hand():
+  ratio = np.array([[1.5, 1.5, 0.5, 0.5, 1.0, 9.0]])
+  advantages = np.array([[1.0, -1.0, 1.0, -1.0, 2.0, 5.0]])
+  mask = np.array([[True] * 5 + [False]])
+  old = np.full((1, 6), -2.0)
+  total, count, metrics = policy_loss(np.log(ratio) + old, old, advantages, mask, 0.2, 0.3)
+  close(total, -(1.3 - 1.5 + 0.5 - 0.8 + 2.0))
+  close(count, 5)
+  close(metrics["ratio_sum"], 5)
+  close(metrics["clipped_sum"], 2)
+
+
+@many
+@given(seeds, masks_drawn, st.sampled_from([0.1, 1.0, 8.0]), st.sampled_from([0.1, 0.2, 0.9]))
+def test_policy_loss_equals_brute_force(seed, mask, scale, clip_low):
+  new, old, _, advantages = batch(seed, scale)
+  total = ratios = clipped = 0.0
+  for b, t in zip(*np.nonzero(mask)):
+    r = np.exp(np.clip(float(new[b, t]) - float(old[b, t]), -10, 10))
+    a = float(advantages[b, t])
+    unclipped, limited = r * a, np.clip(r, 1 - clip_low, 1.28) * a
+    total -= min(unclipped, limited)
+    ratios += r
+    clipped += limited < unclipped
+  actual, count, metrics = policy_loss(new, old, advantages, mask, clip_low, 0.28)
+  close(actual, total, 5e-5)
+  close(metrics["ratio_sum"], ratios, 5e-5)
+  assert (count, metrics["clipped_sum"]) == (mask.sum(), clipped)
+
+
+def test_on_policy_gradient_is_minus_the_advantage():
+  _, old, _, advantages = batch(0)
+  mask = np.ones((B, T), bool)
+  gradient = jax.grad(lambda new: policy_loss(new, old, advantages, mask, 0.2, 0.2)[0])(old)
+  close(gradient, -advantages)
+
+
+def test_log_ratio_is_clamped():
+  old = np.array([[-30.0, 0.0]], np.float32)
+  new = old[:, ::-1].copy()
+  advantages, mask = np.array([[-1.0, -1.0]]), np.ones((1, 2), bool)
+  total, _, metrics = policy_loss(new, old, advantages, mask, 0.2, 0.2)
+  close(total, np.exp(10) + 0.8)
+  close(metrics["ratio_sum"], np.exp(10) + np.exp(-10))
+  gradient = jax.grad(lambda new: policy_loss(new, old, advantages, mask, 0.2, 0.2)[0])(new)
+  np.testing.assert_array_equal(gradient, [[0.0, 0.0]])
+
+
+# Properties of every masked loss.
+
+
+def as_policy(new, old, ref, advantages, mask):
+  return losses.policy_loss(new, old, advantages, mask, 0.2, 0.3)
+
+
+def as_kl(kind):
+  def loss(new, old, ref, advantages, mask):
+    return *losses.kl_loss(new, ref, mask, kind), {}
+
+  return loss
+
+
+def as_value(new, old, ref, advantages, mask):
+  return losses.value_loss(new, old, ref, mask, 0.2)
+
+
+def as_dvo(new, old, ref, advantages, mask):
+  # The reward of a row is in its first column, used where the row has a masked token.
+  return losses.dvo_loss(new, old, ref, advantages[:, 0], mask, 0.1)
+
+
+MASKED = {"policy": as_policy, "value": as_value, "dvo": as_dvo}
+MASKED |= {kind: as_kl(kind) for kind in losses.KL_KINDS}
+every_loss = pytest.mark.parametrize("loss", MASKED.values(), ids=MASKED.keys())
+
+
+def jitted(loss):
+  """(sum, (count, metrics)) and the gradients with respect to all four arrays."""
+
+  def first(*args):
+    total, count, metrics = loss(*args)
+    return total, (count, metrics)
+
+  return jax.jit(jax.value_and_grad(first, (0, 1, 2, 3), has_aux=True))
+
+
+@every_loss
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 1e30])
+def test_padding_does_not_change_loss(loss, garbage):
+  arrays = batch(1)
+  mask = np.arange(T) < np.array([T, 4, 0, 1])[:, None]
+  mask[0, 2] = False
+  kept = mask.copy()
+  kept[:, 0] |= mask.any(axis=1)  # see as_dvo
+  dirty = [np.where(mask, x, garbage).astype(np.float32) for x in arrays[:3]]
+  dirty.append(np.where(kept, arrays[3], garbage).astype(np.float32))
+  value_and_grad = jitted(loss)
+  (total, aux), gradients = value_and_grad(*arrays, mask)
+  (dirty_total, dirty_aux), dirty_gradients = value_and_grad(*dirty, mask)
+  assert total != 0 and np.abs(gradients[0]).sum() > 0
+  np.testing.assert_array_equal(dirty_total, total)
+  jax.tree.map(np.testing.assert_array_equal, dirty_aux, aux)
+  for gradient, expected in zip(dirty_gradients, gradients):
+    np.testing.assert_array_equal(gradient, expected)
+    np.testing.assert_array_equal(np.asarray(gradient)[~kept], 0.0)
+
+
+@every_loss
+def test_empty_mask_gives_loss_zero_and_finite_gradients(loss):
+  arrays = [np.full((B, T), np.nan, np.float32)] * 4
+
+  def mean_loss(*args):
+    total, count, metrics = loss(*args, np.zeros((B, T), bool))
+    return losses.mean(total, count), (count, metrics)
+
+  value_and_grad = jax.value_and_grad(mean_loss, (0, 1, 2, 3), has_aux=True)
+  (value, aux), gradients = jax.jit(value_and_grad)(*arrays)
+  assert value == 0 and all(x == 0 for x in jax.tree.leaves(aux))
+  for gradient in gradients:
+    np.testing.assert_array_equal(gradient, np.zeros((B, T)))
+
+
+@every_loss
+def test_microbatches_add_up_to_the_whole(loss):
+  arrays = batch(2)
+  mask = np.random.default_rng(2).random((B, T)) < 0.5
+  value_and_grad = jitted(loss)
+  whole, gradients = value_and_grad(*arrays, mask)
+  parts = [value_and_grad(*(x[i : i + 2] for x in arrays), mask[i : i + 2]) for i in (0, 2)]
+  summed = jax.tree.map(lambda a, b: a + b, parts[0][0], parts[1][0])
+  jax.tree.map(close, summed, whole)
+  for k, gradient in enumerate(gradients):
+    np.testing.assert_array_equal(np.concatenate([p[1][k] for p in parts]), gradient)
+
+
+@every_loss
+def test_masks_of_integers_and_floats_mean_the_same(loss):
+  arrays = batch(3)
+  mask = np.random.default_rng(3).random((B, T)) < 0.5
+  run = jax.jit(loss)
+  for kind in (np.int32, np.float32):
+    jax.tree.map(np.testing.assert_array_equal, run(*arrays, mask.astype(kind)), run(*arrays, mask))
+
+
+# KL.
+
+
+def test_kl_estimates_by_hand():
+  logprobs, ref = np.array([[-1.0, -2.0, -3.0, -30.0]]), np.array([[-2.0, -1.0, -3.0, -1.0]])
+  close(kl_estimate(logprobs, ref, "k1"), [[1, -1, 0, -29]])
+  close(kl_estimate(logprobs, ref, "abs"), [[1, 1, 0, 29]])
+  close(kl_estimate(logprobs, ref, "k2"), [[0.5, 0.5, 0, 420.5]])
+  e = np.exp
+  close(kl_estimate(logprobs, ref, "k3"), [[e(-1), e(1) - 2, 0, e(10) - 11]])
+
+
+def test_kl_estimates_other_than_k1_are_never_negative():
+  near, far = np.logspace(-30, 0, 5000), np.linspace(0, 40, 5000)
+  difference = np.concatenate([near, -near, far, -far])[None, :].astype(np.float32)
+  zero = np.zeros_like(difference)
+  for kind in ("abs", "k2", "k3"):
+    assert (np.asarray(kl_estimate(difference, zero, kind)) >= 0).all(), kind
+  assert (np.asarray(kl_estimate(difference, zero, "k1")) < 0).any()
+
+
+def test_k1_and_k3_are_unbiased_and_k2_is_close():
+  rng = np.random.default_rng(0)
+  policy, ref = (np.log(rng.dirichlet(np.full(6, 5.0))) for _ in range(2))
+  exact = (np.exp(policy) * (policy - ref)).sum()
+  expected = {
+    kind: (np.exp(policy) * np.asarray(kl_estimate(policy[None], ref[None], kind))[0]).sum()
+    for kind in losses.KL_KINDS
+  }
+  close(expected["k1"], exact)
+  close(expected["k3"], exact)
+  close(expected["k2"], exact, 0.3 * exact)
+
+
+def test_kl_floor_holds_per_token_and_passes_the_gradient_at_the_floor():
+  logprobs, ref = np.array([[-1.0, -2.0, -3.0]]), np.array([[-2.0, -1.0, -3.0]])
+  mask = np.ones((1, 3), bool)
+  floored = jax.value_and_grad(lambda x: kl_loss(x, ref, mask, "k1", 0.0)[0])(logprobs)
+  free = jax.value_and_grad(lambda x: kl_loss(x, ref, mask, "k1", None)[0])(logprobs)
+  jax.tree.map(close, floored, (1.0, [[1.0, 0.0, 1.0]]))
+  jax.tree.map(close, free, (0.0, [[1.0, 1.0, 1.0]]))
+
+
+# Critic and DVO.
+
+
+@pytest.mark.parametrize("case", golden.load("losses")["value_loss"])
+def test_value_loss_agrees_with_the_reference(case):
+  values, old, returns = (padded(case[k]) for k in ("new_values", "old_values", "returns"))
+  mask = np.nan_to_num(padded(case["mask"]))
+  total, count, metrics = value_loss(values, old, returns, mask, case["clip"])
+  close(losses.mean(total, count), case["loss"])
+  close(losses.mean(metrics["clipped_sum"], count), case["clip_fraction"])
+
+
+def test_value_loss_by_hand():
+  values, old = np.array([[1.0, 0.5, -1.0]]), np.zeros((1, 3))
+  returns, mask = np.array([[2.0, -1.0, 3.0]]), np.array([[True, True, False]])
+  total, count, metrics = value_loss(values, old, returns, mask, 0.25)
+  close(total, 0.5 * (1.75**2 + 1.5**2))
+  assert (count, metrics["clipped_sum"]) == (2, 1)
+
+
+@many
+@given(seeds, masks_drawn, st.sampled_from([0.0, 0.2, 5.0]))
+def test_value_loss_equals_brute_force(seed, mask, clip):
+  values, old, _, returns = batch(seed)
+  total = clipped = 0.0
+  for b, t in zip(*np.nonzero(mask)):
+    v, o, g = float(values[b, t]), float(old[b, t]), float(returns[b, t])
+    plain, limited = (v - g) ** 2, (np.clip(v, o - clip, o + clip) - g) ** 2
+    total += 0.5 * max(plain, limited)
+    clipped += limited > plain + 1e-6
+  actual, count, metrics = value_loss(values, old, returns, mask, clip)
+  close(actual, total, 5e-5)
+  assert count == mask.sum() and metrics["clipped_sum"] >= clipped
+
+
+@pytest.mark.parametrize("case", golden.load("losses")["dvo_loss"])
+def test_dvo_loss_agrees_with_the_reference(case):
+  names = ("new_logprobs", "old_logprobs", "ref_logprobs")
+  rows = len(case["mask"])
+  missing = ((0, 4 - rows), (0, 0))  # more rows, for one compilation; they do not count
+  new, old, ref, mask = (np.pad(padded(case[k]), missing) for k in (*names, "mask"))
+  advantages = np.pad(case["sequence_advantage"], missing[0], constant_values=np.nan)
+  mask = np.nan_to_num(mask)
+  total, count, _ = dvo_loss(new, old, ref, advantages, mask, case["beta"], case["weight_max"])
+  assert count == rows
+  close(losses.mean(total, count), case["loss"])
+
+
+def test_dvo_weight_is_bounded_and_carries_no_gradient():
+  old = np.array([[-4.0, -4.0], [-1.0, -1.0]])
+  new, ref = np.array([[-1.0, -1.0], [-1.0, -2.0]]), np.full((2, 2), -1.5)
+  advantages, mask = np.array([0.5, -0.5]), np.ones((2, 2), bool)
+  total, _, metrics = dvo_loss(new, old, ref, advantages, mask, 0.1)
+  weights, errors = np.array([10.0, np.exp(-1)]), np.array([0.1 - 0.5, 0.5])
+  close(total, (0.5 * weights * errors**2).sum())
+  close(metrics["weight_sum"], weights.sum())
+  gradient = jax.grad(lambda new: dvo_loss(new, old, ref, advantages, mask, 0.1)[0])(new)
+  close(gradient, np.repeat((weights * errors * 0.1)[:, None], 2, axis=1))
+
+
+# Token logprobs.
+
+
+def plain_logprobs(hidden, head, targets, temperature):
+  logits = hidden.astype(jnp.float32) @ head.astype(jnp.float32) / temperature
+  return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+
+
+def head_problem(rows=3, length=10, width=4, vocab=17, seed=0):
+  rng = np.random.default_rng(seed)
+  hidden = rng.normal(size=(rows, length, width)).astype(np.float32)
+  head = rng.normal(size=(width, vocab)).astype(np.float32)
+  return hidden, head, rng.integers(0, vocab, (rows, length))
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 1, 3, 10, 64])
+def test_token_logprobs_and_gradients_equal_log_softmax(chunk_tokens):
+  hidden, head, targets = head_problem()
+  weights = np.random.default_rng(1).normal(size=targets.shape)
+  temperature = np.float32(0.6)
+
+  def total(function):
+    return jax.jit(jax.value_and_grad(lambda *x: (function(*x) * weights).sum(), (0, 1, 2)))
+
+  chunked = total(lambda h, w, t: losses.token_logprobs(h, w, targets, t, chunk_tokens))
+  plain = total(lambda h, w, t: plain_logprobs(h, w, targets, t))
+  close(
+    token_logprobs(hidden, head, targets, temperature, chunk_tokens=chunk_tokens),
+    plain_logprobs(hidden, head, targets, temperature),
+  )
+  jax.tree.map(close, chunked(hidden, head, temperature), plain(hidden, head, temperature))
+
+
+def array_sizes(jaxpr):
+  """Sizes of all arrays that a jaxpr computes, inner jaxprs included."""
+  for equation in jaxpr.eqns:
+    yield from (variable.aval.size for variable in equation.outvars)
+    for inner in jax.core.jaxprs_in_params(equation.params):
+      yield from array_sizes(inner)
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 1, 3, 9])
+def test_no_array_of_all_logits_forward_or_backward(chunk_tokens):
+  hidden, head, targets = head_problem(rows=3, length=10, width=2, vocab=50)
+  everything = targets.size * head.shape[1]
+
+  def largest(function):
+    total = jax.value_and_grad(lambda h, w: function(h, w).sum(), (0, 1))
+    return max(array_sizes(jax.make_jaxpr(total)(hidden, head).jaxpr))
+
+  chunked = largest(lambda h, w: losses.token_logprobs(h, w, targets, 1.0, chunk_tokens))
+  assert chunked == everything * (chunk_tokens or 5) // 10
+  assert largest(lambda h, w: plain_logprobs(h, w, targets, 1.0)) >= everything
+
+
+def test_default_chunk_is_bounded_by_the_vocabulary():
+  shapes = [(4, 512, 8), (8, 151_936), (4, 512)]
+  arrays = [
+    jax.ShapeDtypeStruct(s, d) for s, d in zip(shapes, (jnp.bfloat16, jnp.bfloat16, jnp.int32))
+  ]
+  total = jax.value_and_grad(lambda h, w, y: losses.token_logprobs(h, w, y).sum(), (0, 1))
+  largest = max(array_sizes(jax.make_jaxpr(total)(*arrays).jaxpr))
+  assert 2**26 < largest <= 2**27
+
+
+def test_bfloat16_inputs_give_float32_logprobs_and_sum_head_gradients_in_float32():
+  hidden, head, targets = head_problem(rows=2, length=256, width=4, vocab=5)
+  hidden, head = hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16)
+  logprobs = token_logprobs(hidden, head, targets, chunk_tokens=1)
+  assert logprobs.dtype == jnp.float32
+  close(logprobs, plain_logprobs(hidden, head, targets, 1.0))
+  gradient = jax.grad(lambda w: token_logprobs(hidden, w, targets, chunk_tokens=1).sum())(head)
+  exact = jax.grad(lambda w: plain_logprobs(hidden, w, targets, 1.0).sum())(
+    head.astype(jnp.float32)
+  )
+  assert gradient.dtype == jnp.bfloat16
+  error = np.abs(gradient.astype(jnp.float32) - exact).max() / np.abs(exact).max()
+  assert error < 2**-8, "256 additions in bfloat16 would lose several percent"
+
+
+def test_extreme_logits_stay_finite():
+  hidden = np.array([[[1000.0], [-1000.0]]], np.float32)
+  head, targets = np.array([[1.0, -1.0, 0.0]], np.float32), np.array([[0, 0]])
+  close(token_logprobs(hidden, head, targets), [[0, -2000]])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 0), (0, 3)])
+def test_smallest_shapes(shape):
+  hidden, head = np.ones((*shape, 2), np.float32), np.ones((2, 4), np.float32)
+  logprobs = token_logprobs(hidden, head, np.zeros(shape, np.int32))
+  close(logprobs, np.full(shape, -np.log(4)))
+
+
+def test_a_row_does_not_depend_on_its_mates():
+  hidden, head, targets = head_problem()
+  whole = token_logprobs(hidden, head, targets, chunk_tokens=3)
+  for b in range(3):
+    alone = token_logprobs(hidden[b : b + 1], head, targets[b : b + 1], chunk_tokens=3)
+    close(alone, whole[b : b + 1], 1e-6)
+
+
+def test_bad_arguments_name_themselves_and_the_choices():
+  x = np.zeros((1, 2))
+  with pytest.raises(ValueError, match=r"'k4'.*k1, abs, k2, k3"):
+    losses.kl_estimate(x, x, "k4")
+  with pytest.raises(ValueError, match="chunk_tokens=0"):
+    losses.token_logprobs(np.zeros((1, 2, 3)), np.zeros((3, 4)), x, 1.0, 0)
+  with pytest.raises(AssertionError):
+    losses.policy_loss(x, x, x, np.zeros((1, 3)), 0.2, 0.2)
+  with pytest.raises(AssertionError):
+    losses.token_logprobs(x, x, x)
