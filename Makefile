@@ -44,7 +44,7 @@ clean: ## remove .venv, caches and build output; runs/ stays
 $(READY): requirements.txt pyproject.toml
 	@$(BIN)/python -c '$(IN_RANGE)' 2>/dev/null || { python='$(PYTHON)'; \
 	  "$$python" -c '$(IN_RANGE)' 2>/dev/null || { echo "spo_jax needs Python 3.11, 3.12 or 3.13;" \
-	    "$${python:-none of $(PYTHONS)} is one. Say make PYTHON=/path/to/python3.11" >&2; exit 1; }; \
+	    "tried $${python:-$(PYTHONS)}. Say make PYTHON=/path/to/python3.11" >&2; exit 1; }; \
 	  "$$python" -c 'import ensurepip' 2>/dev/null || { echo "$$python has no venv module." \
 	    "On Debian: apt install python3-venv" >&2; exit 1; }; \
 	  "$$python" -m venv --clear $(VENV); }

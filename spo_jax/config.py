@@ -9,20 +9,25 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os.path
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, read_write
-from omegaconf.errors import OmegaConfBaseException
 
 ALGORITHMS = ("chain", "tree", "grpo", "rloo")
 TREE_BASELINES = ("mean", "std", "leave_one_out")
 KL_KINDS = ("k1", "abs", "k2", "k3")
 
+_LARGEST = 2**31 - 1  # seeds, counts and positions are int32 on the device
+
 
 class ConfigError(ValueError):
   """A configuration that cannot run; the message is one line naming value and fix."""
+
+  def __init__(self, message: str):
+    super().__init__(" ".join(message.split()))  # quoted values may hold line breaks
 
 
 @dataclass(frozen=True)
@@ -194,9 +199,9 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     if not sep or not key:
       raise ConfigError(f"--set {override}: expected key=value, such as --set seed=1.")
     try:
-      settings = OmegaConf.from_dotlist([override])
+      settings = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
     except Exception as error:  # YAML raises many kinds, none of them ours
-      raise ConfigError(f"--set {override} is not valid: {_one_line(error)}") from error
+      raise ConfigError(f"--set {override} is not valid: {error}") from error
     _assign(resolved, settings)
   config = OmegaConf.to_object(resolved)
   assert isinstance(config, Config)
@@ -209,43 +214,49 @@ def to_yaml(config: Config) -> str:
   return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def _read_files(path: Path, seen: tuple[Path, ...] = ()) -> list[DictConfig]:
-  """The file and its chain of bases, furthest base first."""
+def _read_files(path: Path, seen: tuple[Path, ...] = ()) -> list[Any]:
+  """The file and its chain of bases, furthest base first, as plain dicts."""
+  if not os.path.isfile(path):  # unlike Path.is_file, never raises
+    wrong = "is a directory, not a file" if os.path.isdir(path) else "does not exist"
+    raise ConfigError(f"config file {path} {wrong}; configs/ holds the ones that ship.")
   if path.resolve() in seen:
     raise ConfigError(f"{path}: its `base:` files form a circle; remove one of them.")
-  if not path.is_file():
-    raise ConfigError(f"config file {path} does not exist; configs/ holds the ones that ship.")
   try:
-    loaded = OmegaConf.load(path)
+    loaded = OmegaConf.to_container(OmegaConf.load(path))
   except Exception as error:  # YAML raises many kinds, none of them ours
-    raise ConfigError(f"{path} is not valid YAML: {_one_line(error)}") from error
-  if not isinstance(loaded, DictConfig):
+    raise ConfigError(f"{path} is not valid YAML: {error}") from error
+  if not isinstance(loaded, dict):
     raise ConfigError(f"{path}: expected `key: value` lines at the top level.")
   base = loaded.pop("base", None)
   if base is None:
     return [loaded]
+  if not isinstance(base, str):
+    raise ConfigError(f"{path}: base={base} is not a file name; write base: other.yaml.")
   return [*_read_files(path.parent / base, (*seen, path.resolve())), loaded]
 
 
-def _assign(resolved: DictConfig, settings: DictConfig, prefix: str = "") -> None:
+def _assign(resolved: DictConfig, settings: Any, prefix: str = "") -> None:
   """Sets one key at a time, so that whatever is wrong is said with its key."""
   for name, value in settings.items():
     key = f"{prefix}{name}"
     if key not in known_keys():
       near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.4)
       hint = f" did you mean {near[0]}?" if near else " --dry-run prints the known ones."
-      raise ConfigError(f"unknown configuration key {key};{hint}")
+      raise ConfigError(f"unknown configuration key {key!r};{hint}")
     is_section = OmegaConf.is_dict(OmegaConf.select(resolved, key))
-    if is_section and isinstance(value, DictConfig):
+    if is_section and isinstance(value, dict):
       _assign(resolved, value, key + ".")
       continue
+    if is_section:
+      raise ConfigError(f"{key} is a section; set one of its keys instead of {key}={value}.")
+    if any(mark in str(value) for mark in ("${", "???")):
+      raise ConfigError(f"{key}={value} is a reference, not a value; write the value itself.")
+    parent, _, leaf = key.rpartition(".")
+    section = OmegaConf.select(resolved, parent) if parent else resolved
     try:
-      if is_section:
-        raise ConfigError(f"{key} is a section; set one of its keys instead of {key}={value}.")
-      section = OmegaConf.select(resolved, prefix[:-1]) if prefix else resolved
       with read_write(section):  # frozen dataclasses make read-only nodes
-        OmegaConf.update(section, str(name), value)
-    except OmegaConfBaseException as error:
+        OmegaConf.update(section, leaf, value)
+    except Exception as error:  # OmegaConf converts, and passes on what int() or float() raise
       raise ConfigError(f"{key}={value} has the wrong type: expected {_type_of(key)}.") from error
 
 
@@ -267,10 +278,6 @@ def _type_of(key: str) -> str:
   return str(next(f.type for f in dataclasses.fields(kind) if f.name == name))
 
 
-def _one_line(error: Exception) -> str:
-  return " ".join(str(error).split())
-
-
 def changed_keys(old: Config, new: Config) -> list[str]:
   """Keys of single values that differ between two configurations."""
   sections = {key.rpartition(".")[0] for key in known_keys()}
@@ -282,7 +289,7 @@ def validate(config: Config) -> None:
   """Raises ConfigError for values that no run can have."""
   _validate_ranges(config)
   _validate_model(config.model)
-  rollout, spo, train = config.rollout, config.spo, config.train
+  rollout, train = config.rollout, config.train
   if train.batch_rows % train.micro_batch_rows:
     raise ConfigError(
       f"train.batch_rows={train.batch_rows} is not divisible by train.micro_batch_rows="
@@ -311,8 +318,6 @@ def validate(config: Config) -> None:
       f"sft.max_steps={config.sft.max_steps} trains a new model; model.path={config.model.path} "
       "names a trained one. Set sft.max_steps=0."
     )
-  if spo.threshold > 1:
-    raise ConfigError(f"spo.threshold={spo.threshold} is a probability. Set it to at most 1.")
 
 
 def _validate_tree(config: Config) -> None:
@@ -346,8 +351,11 @@ def _validate_model(model: ModelConfig) -> None:
       f"model.hidden_size={model.hidden_size} is not divisible by model.num_heads="
       f"{model.num_heads}. Set model.head_dim, or change one of them."
     )
-  if (model.head_dim or model.hidden_size // model.num_heads) % 2:
-    raise ConfigError("model.head_dim must be even: rotary embeddings turn pairs of channels.")
+  width = model.head_dim or model.hidden_size // model.num_heads
+  if width % 2:
+    raise ConfigError(
+      f"model.head_dim={width} is odd; rotary embeddings turn pairs of channels. Make it even."
+    )
   if model.path and not Path(model.path).exists() and Path(model.path).is_absolute():
     raise ConfigError(f"model.path={model.path} does not exist.")
 
@@ -365,7 +373,7 @@ def _validate_ranges(config: Config) -> None:
     "seed": 0, "model.hidden_size": 1, "model.intermediate_size": 1, "model.num_layers": 1,
     "model.num_heads": 1, "model.num_kv_heads": 1, "model.head_dim": 0, "model.vocab_size": 0,
     "model.max_position": 1, "task.operations": 1, "task.unfinished_penalty": 0,
-    "spo.threshold": 0, "spo.interval": 1, "spo.continuations": 1, "spo.segment_tokens": 1,
+    "spo.interval": 1, "spo.continuations": 1, "spo.segment_tokens": 1,
     "spo.edges_per_question": 1, "spo.max_edge_age": 1, "spo.edges_per_iteration": 1,
     "rollout.questions": 1, "rollout.samples": 1, "rollout.rows": 1,
     "rollout.max_prompt_tokens": 1, "rollout.max_response_tokens": 1, "rollout.temperature": 0,
@@ -373,11 +381,12 @@ def _validate_ranges(config: Config) -> None:
     "train.micro_batch_rows": 1, "train.clip_low": 0, "train.clip_high": 0, "train.max_ratio": 1,
     "train.kl.coefficient": 0, "optimizer.learning_rate": 0, "optimizer.warmup_steps": 0,
     "optimizer.weight_decay": 0, "optimizer.clip_norm": 0, "sft.max_steps": 0,
-    "sft.batch_rows": 1, "sft.target_accuracy": 0, "sft.check_every": 1, "sft.check_problems": 1,
+    "sft.batch_rows": 1, "sft.check_every": 1, "sft.check_problems": 1,
     "sft.optimizer.learning_rate": 0, "sft.optimizer.warmup_steps": 0,
     "sft.optimizer.weight_decay": 0, "sft.optimizer.clip_norm": 0, "eval.problems": 1,
     "eval.every": 1, "eval.temperature": 0, "eval.texts": 0, "checkpoint.every": 1,
     "checkpoint.keep": 1, "mesh.data": -1, "mesh.fsdp": -1, "mesh.tensor": -1,
+    "model.rope_theta": 1, "model.norm_eps": 0,
   }  # fmt: skip
   for key, allowed in choices.items():
     if (value := _get(config, key)) not in allowed:
@@ -385,15 +394,15 @@ def _validate_ranges(config: Config) -> None:
       hint = f" (did you mean {near[0]}?)" if near else ""
       raise ConfigError(f"{key}={value} is not one of {', '.join(allowed)}{hint}.")
   for key, low in minimum.items():
-    if not (value := _get(config, key)) >= low or not math.isfinite(value):
-      raise ConfigError(f"{key}={value} is not a finite number of at least {low:g}. Raise it.")
+    if not low <= (value := _get(config, key)) <= _LARGEST:  # False for NaN too
+      raise ConfigError(f"{key}={value} must be a number from {low:g} to {_LARGEST}.")
   if config.rollout.temperature == 0:
     raise ConfigError("rollout.temperature=0 samples without exploring. Set it above 0, e.g. 0.6.")
   for section in ("optimizer", "sft.optimizer"):
     for key in (f"{section}.b1", f"{section}.b2"):
       if not 0 <= _get(config, key) < 1:
         raise ConfigError(f"{key}={_get(config, key)} is outside [0, 1). Set e.g. 0.9.")
-  for key in ("rollout.top_p", "eval.top_p"):
+  for key in ("rollout.top_p", "eval.top_p", "spo.threshold", "sft.target_accuracy"):
     if not 0 < _get(config, key) <= 1:
       raise ConfigError(f"{key}={_get(config, key)} is outside (0, 1]. Set 1 to switch it off.")
 

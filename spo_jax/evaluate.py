@@ -14,6 +14,18 @@ from spo_jax.rollouts import Engine
 from spo_jax.structs import Prompts, Trajectories
 
 
+def respond(
+  engine: Engine, params: Params, prompts: Prompts, temperature: float, top_p: float, key: jax.Array
+) -> Trajectories:
+  """One response per question; greedy at temperature 0."""
+  return rollouts.flat(_at(engine, temperature, top_p), params, prompts, 1, key)
+
+
+def accuracy(responses: Trajectories) -> float:
+  """Share of responses that earn the full reward."""
+  return float(np.mean(responses.rewards == 1))
+
+
 def accuracies(
   engine: Engine,
   params: Params,
@@ -27,11 +39,11 @@ def accuracies(
   Returns: `greedy_accuracy`, `sampled_accuracy`, `unfinished_rate` and `mean_length` (tokens)
     of the sampled responses, and those responses.
   """
-  greedy = rollouts.flat(_at(engine, 0.0, 1.0), params, prompts, 1, key)
-  sampled = rollouts.flat(_at(engine, temperature, top_p), params, prompts, 1, key)
+  greedy = respond(engine, params, prompts, 0.0, 1.0, key)
+  sampled = respond(engine, params, prompts, temperature, top_p, key)
   return {
-    "greedy_accuracy": float(np.mean(greedy.rewards == 1)),
-    "sampled_accuracy": float(np.mean(sampled.rewards == 1)),
+    "greedy_accuracy": accuracy(greedy),
+    "sampled_accuracy": accuracy(sampled),
     "unfinished_rate": float(np.mean(~sampled.samples.finished)),
     "mean_length": float(np.mean(sampled.samples.lengths)),
   }, sampled

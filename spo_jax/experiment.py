@@ -78,11 +78,11 @@ class Experiment:
     tokens[np.arange(count), lengths] = end
     return behind_prompts(prompts, np.arange(count), tokens, lengths + 1)
 
-  def accuracies(
-    self, params: model.Params, split: str, count: int
+  def test_accuracies(
+    self, params: model.Params, count: int
   ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Held-out figures, and a few sampled texts with their rewards."""
-    prompts = self.held_out(split, count)
+    prompts = self.held_out("test", count)
     settings = self.config.eval
     figures, sampled = evaluate.accuracies(
       self.engine, params, prompts, settings.temperature, settings.top_p,
@@ -90,6 +90,15 @@ class Experiment:
     )  # fmt: skip
     shown = jax.tree.map(lambda x: x[: settings.texts], sampled)
     return figures, evaluate.texts(prompts, shown, self._decode(shown.samples))
+
+  def dev_accuracy(self, params: model.Params, count: int) -> float:
+    """Sampled accuracy on the validation split."""
+    settings = self.config.eval
+    responses = evaluate.respond(
+      self.engine, params, self.held_out("validation", count), settings.temperature,
+      settings.top_p, self.key(Purpose.EVALUATE),
+    )  # fmt: skip
+    return evaluate.accuracy(responses)
 
   def _prompts(self, problems: Sequence[Problem]) -> Prompts:
     tokens, lengths = tokenizer.encode_prompts(

@@ -97,8 +97,8 @@ class Run:
       record |= {f"tokens/{name}": count for name, count in counts.items()}
       self._totals["tokens"] += counts["prefilled"] + counts["decoded"] + record["tokens/trained"]
     if iteration % config.eval.every == 0 or is_last:
-      accuracies, texts = self.experiment.accuracies(
-        self.state.params, "test", config.eval.problems
+      accuracies, texts = self.experiment.test_accuracies(
+        self.state.params, config.eval.problems
       )
       record |= {f"eval/{name}": value for name, value in accuracies.items()}
       self.log.log_samples(iteration, texts)

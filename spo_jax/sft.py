@@ -38,10 +38,9 @@ def warm_start(experiment: Experiment, run_dir: Path) -> Params:
         rows = experiment.demonstrations(step * settings.batch_rows, settings.batch_rows)
         state, loss = supervised_update(experiment.model_config, optimizer, state, *rows)
         step += 1
-      figures, _ = experiment.accuracies(state.params, "validation", settings.check_problems)
-      accuracy = figures["sampled_accuracy"]
-      log.log(step, {"loss": loss, **figures})
-      bar.advance(steps, loss=float(loss), sampled=accuracy, greedy=figures["greedy_accuracy"])
+      accuracy = experiment.dev_accuracy(state.params, settings.check_problems)
+      log.log(step, {"loss": loss, "dev/sampled_accuracy": accuracy})
+      bar.advance(steps, loss=float(loss), sampled=accuracy)
       checkpoints.save(step, state, {"sampled_accuracy": accuracy})
   checkpoints.close()
   return state.params

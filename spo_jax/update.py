@@ -111,7 +111,9 @@ def policy_update(
       divergence, _ = kl_loss(logprobs, ref, rows.mask, kl.kind, floor)
     if train.official:
       ratio_ok = sums["ratio_sum"] <= train.max_ratio * count
-      policy = jnp.where(ratio_ok, objective, 0.0) / jnp.maximum(count, 1) / used
+      objective, divergence = (jnp.where(ratio_ok, x, 0.0) for x in (objective, divergence))
+      sums["skipped"] = ~ratio_ok / used
+      policy = objective / jnp.maximum(count, 1) / used
       own_rows = jnp.maximum(jnp.sum(jnp.any(rows.mask, axis=1)), 1)
       kl_rows, kl_tokens = own_rows * used, jnp.maximum(count, 1) * used
     else:
@@ -145,7 +147,7 @@ def policy_update(
     "loss/ratio_mean": mean_ratio,
     "loss/gradient_norm": norm,
     "loss/skipped_nonfinite": (~finite).astype(jnp.float32),
-    "loss/skipped_ratio": (finite & ~ratio_ok).astype(jnp.float32),
+    "loss/skipped_ratio": jnp.where(finite, sums.get("skipped", ~ratio_ok), 0.0),
   }
   return new_state, metrics
 

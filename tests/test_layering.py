@@ -28,11 +28,14 @@ LEVELS = {
 LEVEL = {room: level for level, rooms in LEVELS.items() for room in rooms.split()}
 
 MAX_LINES = 450
-LONG_FILES: dict[str, str] = {}  # path: why it may be longer
+LONG_FILES = {  # path: why it may be longer
+  "tests/test_advantages.py": "numpy twins, hand numbers and exact values of every estimator",
+  "tests/test_losses.py": "the same for every loss",
+}
 
 # Paths of one machine, and names of package registries, which differ from place to place.
 NOT_IN_THE_HOUSE = re.compile(
-  r"(?<![\w.~$}-])/(?:work|root|home|Users|opt/wheels|opt/pypi)/\w"
+  r"(?<![\w.~$}-])/(?:work|root|home|Users|opt/wheels|opt/pypi)/[\w.]"
   r"|pypi\.org|pythonhosted\.org|registry\.npmjs|deb\.debian|index[-]url"
 )
 
@@ -109,8 +112,8 @@ def test_files_are_short():
     for path in house_files()
     if path.suffix == ".py"
   }
-  long = {name: lines for name, lines in lengths.items() if lines > MAX_LINES}
-  assert set(long) == set(LONG_FILES), f"split it, or give LONG_FILES its reason: {long}"
+  long = {name: n for name, n in lengths.items() if n > MAX_LINES and name not in LONG_FILES}
+  assert not long, f"split it, or give LONG_FILES its reason: {long}"
 
 
 def test_no_machine_path_or_registry_host():

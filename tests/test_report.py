@@ -16,9 +16,13 @@ from spo_jax.report import CHARTS, HEIGHT, WIDTH, _chart, main, ticks, write_rep
 from spo_jax.runlog import RunLog
 
 HOSTILE = "</pre></details><script>alert('x')</script><img src=x onerror=y>&amp;\"\ud800"
-SUMMARY = {"initial": {"greedy_accuracy": 0.371, "sampled_accuracy": 0.25},
-           "final": {"greedy_accuracy": 0.912, "sampled_accuracy": 0.5},
-           "iterations": 3, "seconds": 312.4, "tokens": 1_923_456}
+SUMMARY = {
+  "initial": {"greedy_accuracy": 0.371, "sampled_accuracy": 0.25},
+  "final": {"greedy_accuracy": 0.912, "sampled_accuracy": 0.5},
+  "iterations": 3,
+  "seconds": 312.4,
+  "tokens": 1_923_456,
+}
 
 
 @pytest.fixture
@@ -27,12 +31,19 @@ def run(tmp_path):
     log.write_config(f"seed: 3 # {HOSTILE}\n")
     log.log(0, {"eval/greedy_accuracy": 0.371, "eval/sampled_accuracy": 0.25})
     for i in range(1, 4):
-      log.log(i, {key: i / 7 for chart in CHARTS for key, _ in chart.series} | {
-        "loss/kl": float("nan"), "time/grade_s": "slow"})
+      log.log(
+        i,
+        {key: i / 7 for chart in CHARTS for key, _ in chart.series}
+        | {"loss/kl": float("nan"), "time/grade_s": "slow"},
+      )
     log.log_samples(2, [{"prompt": "older", "response": "", "reward": 0.0, "finished": True}])
-    log.log_samples(3, [{"prompt": HOSTILE, "response": HOSTILE, "reward": 1.0, "finished": True},
-                        {"prompt": "p", "response": "9" * 10**6, "reward": -0.5,
-                         "finished": False}])
+    log.log_samples(
+      3,
+      [
+        {"prompt": HOSTILE, "response": HOSTILE, "reward": 1.0, "finished": True},
+        {"prompt": "p", "response": "9" * 10**6, "reward": -0.5, "finished": False},
+      ],
+    )
     log.write_summary(SUMMARY)
   return log.run_dir
 
@@ -73,8 +84,19 @@ def test_the_page_needs_no_network(run):
 
 def test_the_page_shows_summary_charts_and_the_newest_samples(run):
   page = Page(write_report(run))
-  for part in ("0.371", "0.912", "+0.541", "+0.250", "5 min 12 s", "1.92 M", "3 iterations",
-               "Samples of iteration 3", "reward -0.500", "cut off", "iteration"):
+  for part in (
+    "0.371",
+    "0.912",
+    "+0.541",
+    "+0.250",
+    "5 min 12 s",
+    "1.92 M",
+    "3 iterations",
+    "Samples of iteration 3",
+    "reward -0.500",
+    "cut off",
+    "iteration",
+  ):
     assert part in page.text
   assert "older" not in page.text
   for chart in CHARTS:
@@ -84,8 +106,10 @@ def test_the_page_shows_summary_charts_and_the_newest_samples(run):
 
 def test_curves_follow_the_numbers(run):
   svg = ElementTree.fromstring(re.search(r"<svg.*?</svg>", write_report(run).read_text())[0])
-  greedy, sampled = ([tuple(map(float, point.split(","))) for point in line.get("points").split()]
-                     for line in svg.iter("polyline"))
+  greedy, sampled = (
+    [tuple(map(float, point.split(","))) for point in line.get("points").split()]
+    for line in svg.iter("polyline")
+  )
   assert len(greedy) == len(sampled) == 4
   assert [x for x, _ in greedy] == sorted({x for x, _ in greedy})
   # SVG counts y from the top: 0.371 stands above 0.25, and 1/7 below both.
@@ -94,9 +118,12 @@ def test_curves_follow_the_numbers(run):
 
 
 @settings(deadline=None)
-@given(values=st.lists(st.none() | st.floats(-1e30, 1e30) | st.sampled_from([1e-14, 5e-324]),
-                       max_size=5),
-       step=st.integers(1, 10**6))
+@given(
+  values=st.lists(
+    st.none() | st.floats(-1e30, 1e30) | st.sampled_from([1e-14, 5e-324]), max_size=5
+  ),
+  step=st.integers(1, 10**6),
+)
 def test_any_series_makes_a_well_formed_chart_inside_its_frame(values, step):
   chart = CHARTS[2]
   records = [{"iteration": i * step, chart.series[0][0]: y} for i, y in enumerate(values)]
@@ -148,8 +175,13 @@ def test_an_accuracy_that_was_never_measured_is_a_dash(run):
 
 
 def test_the_command_prints_the_path_of_the_page(run):
-  done = subprocess.run([sys.executable, "-m", "spo_jax.report", run], capture_output=True,
-                        text=True, check=False, cwd=Path(__file__).parents[1])
+  done = subprocess.run(
+    [sys.executable, "-m", "spo_jax.report", run],
+    capture_output=True,
+    text=True,
+    check=False,
+    cwd=Path(__file__).parents[1],
+  )
   assert (done.returncode, done.stdout, done.stderr) == (0, f"{run / 'report.html'}\n", "")
 
 
@@ -159,15 +191,19 @@ def test_help_is_there(capsys):
   assert stop.value.code == 0 and "RUN_DIR" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-  (None, "", "there is no run directory"),
-  ("other.txt", "", "holds no metrics.jsonl"),
-  ("summary.json", "{", "is not the summary of a run"),
-  ("summary.json", "[]", "is not the summary of a run"),
-  ("summary.json", '{"iterations": 3}', "is not the summary of a run"),
-])
-def test_a_directory_without_a_run_is_one_line_and_exit_code_two(tmp_path, capsys, name, content,
-                                                                 message):
+@pytest.mark.parametrize(
+  ("name", "content", "message"),
+  [
+    (None, "", "there is no run directory"),
+    ("other.txt", "", "holds no metrics.jsonl"),
+    ("summary.json", "{", "is not the summary of a run"),
+    ("summary.json", "[]", "is not the summary of a run"),
+    ("summary.json", '{"iterations": 3}', "is not the summary of a run"),
+  ],
+)
+def test_a_directory_without_a_run_is_one_line_and_exit_code_two(
+  tmp_path, capsys, name, content, message
+):
   run = tmp_path / "run"
   if name:
     run.mkdir()

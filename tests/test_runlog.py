@@ -21,11 +21,14 @@ from spo_jax.runlog import RunLog, final_table, plain, progress, read_metrics
 
 def strict_lines(path):
   """Parses JSON lines, refusing the NaN and Infinity that json would write and nobody reads."""
+
   def refuse(name):
     raise AssertionError(f"{name} is not JSON")
 
-  return [json.loads(line, parse_constant=refuse)
-          for line in path.read_text().removesuffix("\n").split("\n")]
+  return [
+    json.loads(line, parse_constant=refuse)
+    for line in path.read_text().removesuffix("\n").split("\n")
+  ]
 
 
 def test_a_run_directory_has_the_files_of_the_contract(tmp_path):
@@ -39,25 +42,53 @@ def test_a_run_directory_has_the_files_of_the_contract(tmp_path):
   assert (run / "config.yaml").read_text() == "seed: 3\n"
   assert strict_lines(run / "metrics.jsonl") == [
     {"eval/greedy_accuracy": 0.25, "iteration": 0},
-    {"rollout/reward_mean": 0.5, "compile/count": 7, "iteration": 1}]
+    {"rollout/reward_mean": 0.5, "compile/count": 7, "iteration": 1},
+  ]
   assert strict_lines(run / "samples" / "iteration_000001.jsonl") == [
-    {"prompt": "1+1=", "response": "#2", "reward": 1.0, "finished": True}]
+    {"prompt": "1+1=", "response": "#2", "reward": 1.0, "finished": True}
+  ]
   assert json.loads((run / "summary.json").read_text()) == {
-    "iterations": 1, "initial": {"greedy_accuracy": 0.25}}
+    "iterations": 1,
+    "initial": {"greedy_accuracy": 0.25},
+  }
   assert list((run / "tensorboard").glob("events.out.tfevents.*"))
 
 
 def test_values_become_valid_json_whatever_they_are(tmp_path):
   with RunLog(tmp_path) as log:
-    log.log(2, {
-      "nan": float("nan"), "inf": np.float32("inf"), "jax": jnp.float32(0.5),
-      "bf16": jnp.bfloat16(1.5), "one": np.array([1.0]), "list": jnp.array([1.0, jnp.nan]),
-      "int": np.int64(3), "bool": np.bool_(True), "text": "a\u2028\nb", "none": None,
-      "deep": {"pair": (np.float64("-inf"), 2)}, "iteration": 99})
-  assert strict_lines(tmp_path / "metrics.jsonl") == [{
-    "nan": None, "inf": None, "jax": 0.5, "bf16": 1.5, "one": 1.0, "list": [1.0, None],
-    "int": 3, "bool": True, "text": "a\u2028\nb", "none": None,
-    "deep": {"pair": [None, 2]}, "iteration": 2}]
+    log.log(
+      2,
+      {
+        "nan": float("nan"),
+        "inf": np.float32("inf"),
+        "jax": jnp.float32(0.5),
+        "bf16": jnp.bfloat16(1.5),
+        "one": np.array([1.0]),
+        "list": jnp.array([1.0, jnp.nan]),
+        "int": np.int64(3),
+        "bool": np.bool_(True),
+        "text": "a\u2028\nb",
+        "none": None,
+        "deep": {"pair": (np.float64("-inf"), 2)},
+        "iteration": 99,
+      },
+    )
+  assert strict_lines(tmp_path / "metrics.jsonl") == [
+    {
+      "nan": None,
+      "inf": None,
+      "jax": 0.5,
+      "bf16": 1.5,
+      "one": 1.0,
+      "list": [1.0, None],
+      "int": 3,
+      "bool": True,
+      "text": "a\u2028\nb",
+      "none": None,
+      "deep": {"pair": [None, 2]},
+      "iteration": 2,
+    }
+  ]
   assert read_metrics(tmp_path)[0]["text"] == "a\u2028\nb"
 
 
@@ -78,10 +109,13 @@ def test_a_torn_last_line_is_dropped_when_the_directory_is_opened_again(tmp_path
 
 
 def test_a_record_is_on_the_disk_when_log_returns_even_after_sigkill(tmp_path):
-  code = ("import sys; from spo_jax.runlog import RunLog\nlog = RunLog(sys.argv[1])\n"
-          "for i in range(10**9):\n  log.log(i, {'x': 'y' * 500}); print(i, flush=True)")
-  process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE,
-                             cwd=Path(__file__).parents[1])
+  code = (
+    "import sys; from spo_jax.runlog import RunLog\nlog = RunLog(sys.argv[1])\n"
+    "for i in range(10**9):\n  log.log(i, {'x': 'y' * 500}); print(i, flush=True)"
+  )
+  process = subprocess.Popen(
+    [sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]
+  )
   for _ in range(30):
     process.stdout.readline()
   process.send_signal(signal.SIGKILL)
@@ -116,7 +150,9 @@ def test_resume_forgets_what_came_after_the_checkpoint(tmp_path):
     log.log(4, {"x": -1})
   assert [record["x"] for record in read_metrics(tmp_path)][3:] == [1.0, -1]
   assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
-    *(f"iteration_{i:06d}.jsonl" for i in range(4)), "notes.txt"]
+    *(f"iteration_{i:06d}.jsonl" for i in range(4)),
+    "notes.txt",
+  ]
 
 
 def test_resume_before_the_start_leaves_an_empty_run(tmp_path):
@@ -132,11 +168,12 @@ def test_resume_before_the_start_leaves_an_empty_run(tmp_path):
 def tensorboard_events(path):
   """The events of one file: length u64, its checksum u32, the message, its checksum u32."""
   from tensorboardX.proto.event_pb2 import Event
+
   data, events = path.read_bytes(), []
   while data:
     (length,) = struct.unpack_from("<Q", data)
-    events.append(Event.FromString(data[12:12 + length]))
-    data = data[16 + length:]
+    events.append(Event.FromString(data[12 : 12 + length]))
+    data = data[16 + length :]
   return events
 
 
@@ -146,8 +183,9 @@ def test_tensorboard_gets_finite_numbers_and_is_told_what_a_resume_took_back(tmp
     log.log(4, {"loss/policy": 0.5, "nan": float("nan"), "text": "a"})
   [path] = (tmp_path / "tensorboard").iterdir()
   events = tensorboard_events(path)
-  scalars = [(event.step, value.tag, value.simple_value)
-             for event in events for value in event.summary.value]
+  scalars = [
+    (event.step, value.tag, value.simple_value) for event in events for value in event.summary.value
+  ]
   assert scalars == [(4, "loss/policy", 0.5)]
   starts = [event.step for event in events if event.HasField("session_log")]
   assert starts == [4]
@@ -169,8 +207,9 @@ def test_wandb_is_imported_only_when_asked_for(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match="wandb is not installed"):
     RunLog(tmp_path, wandb_project="spo")
   calls = []
-  run = types.SimpleNamespace(log=lambda values, step: calls.append((values, step)),
-                              finish=lambda: calls.append("finish"))
+  run = types.SimpleNamespace(
+    log=lambda values, step: calls.append((values, step)), finish=lambda: calls.append("finish")
+  )
   fake = types.SimpleNamespace(init=lambda **options: calls.append(options["project"]) or run)
   monkeypatch.setitem(sys.modules, "wandb", fake)
   with RunLog(tmp_path, wandb_project="spo") as log:
@@ -194,16 +233,20 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_samples_hold_any_model_text(tmp_path):
-  hostile = "\ud800</script>\u2028\n\0\"\\" + "9" * 100_000
+  hostile = '\ud800</script>\u2028\n\0"\\' + "9" * 100_000
   with RunLog(tmp_path) as log:
     log.log_samples(12, [{"response": hostile}])
   assert strict_lines(tmp_path / "samples" / "iteration_000012.jsonl") == [{"response": hostile}]
 
 
 def test_final_table_shows_accuracies_cost_and_the_whole_path(capsys):
-  summary = {"initial": {"greedy_accuracy": 0.371, "sampled_accuracy": np.float32(0.25)},
-             "final": {"greedy_accuracy": 0.912, "sampled_accuracy": None},
-             "iterations": 60, "seconds": 312.4, "tokens": 1_923_456}
+  summary = {
+    "initial": {"greedy_accuracy": 0.371, "sampled_accuracy": np.float32(0.25)},
+    "final": {"greedy_accuracy": 0.912, "sampled_accuracy": None},
+    "iterations": 60,
+    "seconds": 312.4,
+    "tokens": 1_923_456,
+  }
   directory = "/runs/[bold]/" + "long" * 20
   final_table(summary, directory)
   text = capsys.readouterr().out
@@ -216,8 +259,10 @@ def test_progress_off_a_terminal_is_one_plain_line_per_step(capsys):
     bar.advance(reward=np.float32(0.41), greedy=0.8)
     bar.advance(steps=2, reward=None, rows=128)
   lines = re.sub(r"\(\d\.\d s\)", "(TIME)", capsys.readouterr().out).splitlines()
-  assert lines == ["SPO-chain 11/60 reward 0.410 greedy 0.800 (TIME)",
-                   "SPO-chain 13/60 reward – rows 128 (TIME)"]
+  assert lines == [
+    "SPO-chain 11/60 reward 0.410 greedy 0.800 (TIME)",
+    "SPO-chain 13/60 reward – rows 128 (TIME)",
+  ]
 
 
 class Terminal(io.StringIO):
@@ -248,23 +293,50 @@ def test_progress_stops_when_the_work_fails(monkeypatch):
   assert terminal.getvalue().endswith("\x1b[?25h")  # The cursor is shown again.
 
 
-@pytest.mark.parametrize(("value", "text"), [
-  (0.04, "0.0 s"), (7.26, "7.3 s"), (59.96, "1 min 00 s"), (312.4, "5 min 12 s"),
-  (3599.7, "1 h 00 min"), (7500, "2 h 05 min")])
+@pytest.mark.parametrize(
+  ("value", "text"),
+  [
+    (0.04, "0.0 s"),
+    (7.26, "7.3 s"),
+    (59.96, "1 min 00 s"),
+    (312.4, "5 min 12 s"),
+    (3599.7, "1 h 00 min"),
+    (7500, "2 h 05 min"),
+  ],
+)
 def test_durations_read_well(value, text):
   assert runlog.format_seconds(value) == text
 
 
-@pytest.mark.parametrize(("value", "text"), [
-  (0, "0"), (950, "950"), (0.25, "0.25"), (81_300, "81.3 k"), (1_923_456, "1.92 M"),
-  (3e9, "3 G"), (-2000, "-2 k")])
+@pytest.mark.parametrize(
+  ("value", "text"),
+  [
+    (0, "0"),
+    (950, "950"),
+    (0.25, "0.25"),
+    (81_300, "81.3 k"),
+    (1_923_456, "1.92 M"),
+    (3e9, "3 G"),
+    (-2000, "-2 k"),
+  ],
+)
 def test_counts_read_well(value, text):
   assert runlog.format_count(value) == text
 
 
-@pytest.mark.parametrize(("value", "text"), [
-  (0.0, "0.000"), (0.41, "0.410"), (2e-4, "2.0e-04"), (3, "3"), (None, "–"),
-  (float("nan"), "–"), (jnp.float32(0.5), "0.500"), ("step", "step")])
+@pytest.mark.parametrize(
+  ("value", "text"),
+  [
+    (0.0, "0.000"),
+    (0.41, "0.410"),
+    (2e-4, "2.0e-04"),
+    (3, "3"),
+    (None, "–"),
+    (float("nan"), "–"),
+    (jnp.float32(0.5), "0.500"),
+    ("step", "step"),
+  ],
+)
 def test_figures_read_well(value, text):
   assert runlog.format_figure(value) == text
 

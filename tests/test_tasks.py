@@ -34,9 +34,14 @@ def test_demonstrations_grade_to_one_and_their_arithmetic_is_right(operations, s
 
 def test_no_problem_text_is_in_two_splits_whatever_the_seeds():
   # With one operation there are under 1,800 problems, so that overlapping splits would meet.
-  texts = {split: {problem.prompt for seed in range(2)
-                   for problem in arithmetic(operations=1, seed=seed).split(split)[:1500]}
-           for split in SPLITS}
+  texts = {
+    split: {
+      problem.prompt
+      for seed in range(2)
+      for problem in arithmetic(operations=1, seed=seed).split(split)[:1500]
+    }
+    for split in SPLITS
+  }
   assert min(len(split) for split in texts.values()) > 200
   assert not texts["train"] & texts["validation"]
   assert not texts["train"] & texts["test"]
@@ -72,12 +77,42 @@ def test_two_thousand_problems_are_made_in_no_time():
 PROBLEM = Problem(uid=0, prompt="66+9=", answer="75", demonstration="66+9=75;#75")
 
 
-@pytest.mark.parametrize("response", [
-  "", "#", "75", "#74", "#75 ", "# 75", "#75;", "#75#75", "#12#75", "##75", "#+75", "#-75", "#7_5",
-  "#7<pad>5", "#00075", "#75\n", "#75\0", "#٧٥", "#⁷⁵", "#７５", "#75.0", "#0x4b", "#9**9**9",
-  "#__import__('os')", "#int('75')", "#\\boxed{75}", "\ud800#\udfff",
-  "#" + "{" * 100_000, "#" + "9" * 10_000_000, "#" * 10_000_000,
-], ids=lambda text: ascii(text[:20]))
+@pytest.mark.parametrize(
+  "response",
+  [
+    "",
+    "#",
+    "75",
+    "#74",
+    "#75 ",
+    "# 75",
+    "#75;",
+    "#75#75",
+    "#12#75",
+    "##75",
+    "#+75",
+    "#-75",
+    "#7_5",
+    "#7<pad>5",
+    "#00075",
+    "#75\n",
+    "#75\0",
+    "#٧٥",
+    "#⁷⁵",
+    "#７５",
+    "#75.0",
+    "#0x4b",
+    "#9**9**9",
+    "#__import__('os')",
+    "#int('75')",
+    "#\\boxed{75}",
+    "\ud800#\udfff",
+    "#" + "{" * 100_000,
+    "#" + "9" * 10_000_000,
+    "#" * 10_000_000,
+  ],
+  ids=lambda text: ascii(text[:20]),
+)
 def test_wrong_and_hostile_responses_earn_nothing_quickly(response):
   start = time.process_time()
   assert arithmetic().grade(PROBLEM, response, finished=True).reward == 0.0
@@ -100,15 +135,18 @@ def test_an_unfinished_response_earns_zero_less_the_penalty():
   assert arithmetic(penalty=0.5).grade(PROBLEM, "#74", finished=True).reward == 0.0
 
 
-@pytest.mark.parametrize(("make", "message"), [
-  (lambda: load_task("arithmetics", None, 6, 0.0, 0), "did you mean 'arithmetic'"),
-  (lambda: load_task("", None, 6, 0.0, 0), "unknown task ''.*Known: arithmetic"),
-  (lambda: load_task("arithmetic", "data.jsonl", 6, 0.0, 0), "task.path='data.jsonl'"),
-  (lambda: arithmetic(operations=0), "task.operations=0"),
-  (lambda: arithmetic(penalty=-1.0), "task.unfinished_penalty=-1.0"),
-  (lambda: arithmetic(penalty=float("nan")), "task.unfinished_penalty=nan"),
-  (lambda: arithmetic().split("valid"), "unknown split 'valid': did you mean 'validation'"),
-])
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (lambda: load_task("arithmetics", None, 6, 0.0, 0), "did you mean 'arithmetic'"),
+    (lambda: load_task("", None, 6, 0.0, 0), "unknown task ''.*Known: arithmetic"),
+    (lambda: load_task("arithmetic", "data.jsonl", 6, 0.0, 0), "task.path='data.jsonl'"),
+    (lambda: arithmetic(operations=0), "task.operations=0"),
+    (lambda: arithmetic(penalty=-1.0), "task.unfinished_penalty=-1.0"),
+    (lambda: arithmetic(penalty=float("nan")), "task.unfinished_penalty=nan"),
+    (lambda: arithmetic().split("valid"), "unknown split 'valid': did you mean 'validation'"),
+  ],
+)
 def test_a_wrong_option_is_one_line_that_names_it(make, message):
   with pytest.raises(ValueError, match=message) as error:
     make()
@@ -127,15 +165,18 @@ def test_each_epoch_asks_every_question_once(num_problems, seed, epoch):
 @given(num_problems=st.integers(1, 2**62), cursor=st.integers(0, 10**6), split=st.integers(0, 40))
 def test_the_order_resumes_from_the_cursor_alone(num_problems, cursor, split):
   whole = question_order(num_problems, 3, cursor, 40)
-  parts = (question_order(num_problems, 3, cursor, split),
-           question_order(num_problems, 3, cursor + split, 40 - split))
+  parts = (
+    question_order(num_problems, 3, cursor, split),
+    question_order(num_problems, 3, cursor + split, 40 - split),
+  )
   assert np.array_equal(whole, np.concatenate(parts))
   assert whole.min() >= 0 and whole.max() < num_problems
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
-  orders = [question_order(50, seed, epoch * 50, 50).tolist()
-            for seed in range(3) for epoch in range(3)]
+  orders = [
+    question_order(50, seed, epoch * 50, 50).tolist() for seed in range(3) for epoch in range(3)
+  ]
   assert len({tuple(order) for order in orders}) == 9
   assert list(range(50)) not in orders
 
@@ -157,8 +198,9 @@ def test_a_huge_split_is_ordered_without_repeats_or_runs():
   assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.02
 
 
-@pytest.mark.parametrize("arguments", [
-  (0, 0, 0, 1), (5, 0, -1, 1), (5, 0, 0, -1), (2**63, 0, 0, 1)])
+@pytest.mark.parametrize(
+  "arguments", [(0, 0, 0, 1), (5, 0, -1, 1), (5, 0, 0, -1), (2**63, 0, 0, 1)]
+)
 def test_an_impossible_order_is_refused(arguments):
   with pytest.raises(ValueError, match="cannot order questions"):
     question_order(*arguments)

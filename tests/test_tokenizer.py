@@ -16,8 +16,11 @@ TOKENIZER = character_tokenizer(CHARSET)
 
 
 def test_ids_are_pad_eos_then_the_characters_in_order():
-  assert TOKENIZER.get_vocab() == {"<pad>": 0, "<eos>": 1,
-                                   **{character: i + 2 for i, character in enumerate(CHARSET)}}
+  assert TOKENIZER.get_vocab() == {
+    "<pad>": 0,
+    "<eos>": 1,
+    **{character: i + 2 for i, character in enumerate(CHARSET)},
+  }
   assert TOKENIZER.pad_token_id == 0
   assert eos_ids(TOKENIZER) == (1,)
 
@@ -75,12 +78,17 @@ def test_no_prompts_make_no_rows():
   assert decode_responses(TOKENIZER, tokens, lengths, (1,)) == []
 
 
-@pytest.mark.parametrize(("texts", "message"), [
-  (["1+1=", "1+2+3=", "1+2+3+4="],
-   "prompt 1 has 6 tokens, rollout.max_prompt_tokens=5 .* Raise it to 8"),
-  (["1+1=", ""], "prompt 1 is empty"),
-  (["1 + 1="], "no token"),
-])
+@pytest.mark.parametrize(
+  ("texts", "message"),
+  [
+    (
+      ["1+1=", "1+2+3=", "1+2+3+4="],
+      "prompt 1 has 6 tokens, rollout.max_prompt_tokens=5 .* Raise it to 8",
+    ),
+    (["1+1=", ""], "prompt 1 is empty"),
+    (["1 + 1="], "no token"),
+  ],
+)
 def test_a_prompt_that_does_not_fit_is_one_line_that_names_it(texts, message):
   with pytest.raises(ValueError, match=message) as error:
     encode_prompts(TOKENIZER, texts, 5)
@@ -88,8 +96,16 @@ def test_a_prompt_that_does_not_fit_is_one_line_that_names_it(texts, message):
 
 
 def test_decoding_stops_at_the_length_or_the_first_end_of_text():
-  tokens = np.array([[2, 12, 10, 1, 0, 0], [2, 12, 10, 1, 9, 9], [2, 12, 10, 9, 9, 9],
-                     [1, 2, 2, 2, 2, 2], [2, 12, 10, 11, 9, 9]], np.int32)
+  tokens = np.array(
+    [
+      [2, 12, 10, 1, 0, 0],
+      [2, 12, 10, 1, 9, 9],
+      [2, 12, 10, 9, 9, 9],
+      [1, 2, 2, 2, 2, 2],
+      [2, 12, 10, 11, 9, 9],
+    ],
+    np.int32,
+  )
   lengths = np.array([4, 6, 3, 6, 6], np.int32)
   assert decode_responses(TOKENIZER, tokens, lengths, (1,)) == ["#75", "#75", "#75", "", "#75644"]
   assert decode_responses(TOKENIZER, tokens, lengths, (1, 11))[4] == "#75"

@@ -74,7 +74,7 @@ class _Split(Sequence[Problem]):
     attempt = 0
     while True:
       start, steps = _draw(f"{self._seed}/{self._name}/{uid}/{attempt}", self._operations)
-      prompt = f"{start}{''.join(f'{step:+d}' for step in steps)}="
+      prompt = f"{start:02d}{''.join(f'{step:+d}' for step in steps)}="
       if split_of(prompt) == self._name:
         return _problem(uid, prompt, start, steps)
       attempt += 1
@@ -105,6 +105,6 @@ def _draw(key: str, operations: int) -> tuple[int, list[int]]:
 def _problem(uid: int, prompt: str, start: int, steps: list[int]) -> Problem:
   value, worked = start, []
   for step in steps:
-    worked.append(f"{value}{step:+d}={value + step};")
+    worked.append(f"{value:02d}{step:+d}={value + step:02d};")
     value += step
-  return Problem(uid, prompt, str(value), f"{''.join(worked)}#{value}")
+  return Problem(uid, prompt, str(value), f"{''.join(worked)}#{value:02d}")

@@ -1,0 +1,136 @@
+"""What restores is exactly what was saved, whatever moment a kill chose."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import ROOT
+
+from spo_jax.checkpoint import Checkpoints
+from spo_jax.config import OptimizerConfig
+from spo_jax.structs import Edges
+from spo_jax.update import init_state, make_optimizer
+
+OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=3))
+
+
+@jax.jit
+def fresh(key):
+  params = {
+    "embed": jax.random.normal(key, (17, 8)),
+    "layer": {"scale": jnp.full(8, 1.5, jnp.bfloat16), "empty": jnp.zeros((0, 3))},
+  }
+  return init_state(params, OPTIMIZER)
+
+
+def trained(seed):
+  """A state in which no array is the one that it began with."""
+  state = fresh(jax.random.key(seed))
+  gradients = jax.tree.map(lambda x: x * 0.1 + 0.1, state.params)
+  _, opt_state = OPTIMIZER.update(gradients, state.opt_state, state.params)
+  return state.replace(opt_state=opt_state, step=jnp.int32(seed + 1))
+
+
+def edges(count, width=5):
+  rng = np.random.default_rng(count)
+  return Edges(
+    tokens=rng.integers(0, 17, (count, width), np.int32),
+    logprobs=-rng.random((count, width), np.float32),
+    start=rng.integers(0, 2, count, np.int32),
+    end=rng.integers(2, width, count, np.int32),
+    advantage=rng.normal(size=count).astype(np.float32),
+    question=rng.integers(2**31, 2**62, count),  # question ids do not fit 32 bits
+    born=rng.integers(0, 9, count, np.int32),
+  )
+
+
+def assert_bitwise(actual, expected):
+  assert jax.tree.structure(actual) == jax.tree.structure(expected)
+  for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b), strict=True)
+
+
+def test_a_train_state_is_restored_bitwise(tmp_path):
+  counters = {"programs": ["a(f32[2])", "b"], "totals": {"seconds": 0.1 + 0.2, "tokens": 2**40}}
+  with Checkpoints(tmp_path, keep=1) as checkpoints:
+    checkpoints.save(7, trained(1), counters)
+  with Checkpoints(tmp_path, keep=1) as checkpoints:
+    assert checkpoints.latest() == 7
+    state, restored, none = checkpoints.restore(7, fresh(jax.random.key(9)))
+  assert_bitwise(state, trained(1))  # the structure too: optax finds its NamedTuples again
+  assert restored == counters
+  assert none is None
+
+
+def test_edges_of_any_number_are_restored_bitwise(tmp_path):
+  sizes = (3, 0, 1, None, 40)
+  with Checkpoints(tmp_path, keep=len(sizes)) as checkpoints:
+    for step, size in enumerate(sizes):
+      checkpoints.save(step, trained(0), {}, None if size is None else edges(size))
+  with Checkpoints(tmp_path, keep=len(sizes)) as checkpoints:
+    for step, size in enumerate(sizes):
+      _, _, restored = checkpoints.restore(step, trained(0))
+      if size:
+        assert_bitwise(restored, edges(size))
+        assert isinstance(restored.tokens, np.ndarray)
+      else:  # none and no edges are the same buffer
+        assert restored is None
+
+
+def test_what_happens_after_save_returns_does_not_change_the_checkpoint(tmp_path):
+  # Enough steps that a writer in the background falls behind.
+  spoil = jax.jit(lambda state: jax.tree.map(lambda x: x * 0 - 1, state), donate_argnums=0)
+  with Checkpoints(tmp_path, keep=12) as checkpoints:
+    for step in range(12):
+      state, counters, own = trained(step), {"totals": {"tokens": step}}, edges(step + 1)
+      checkpoints.save(step, state, counters, own)
+      spoil(state)
+      assert state.params["embed"].is_deleted()
+      counters["totals"]["tokens"] = -1
+      own.tokens[:] = -1
+  with Checkpoints(tmp_path, keep=12) as checkpoints:
+    for step in range(12):
+      state, counters, own = checkpoints.restore(step, trained(0))
+      assert_bitwise(state, trained(step))
+      assert counters == {"totals": {"tokens": step}}
+      assert_bitwise(own, edges(step + 1))
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path):
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    for step in (1, 2, 5, 9):
+      checkpoints.save(step, trained(step), {})
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["5", "9"]
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    assert_bitwise(checkpoints.restore(5, trained(0))[0], trained(5))
+
+
+def test_a_directory_without_checkpoints_has_no_latest(tmp_path):
+  with Checkpoints(tmp_path / "a b" / "new", keep=1) as checkpoints:
+    assert checkpoints.latest() is None
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_save_that_was_killed_is_never_listed(tmp_path, moment):
+  """Killed before or after the arrays are written, in any case before the commit."""
+  script = f"""
+import os, sys
+sys.path.insert(0, "tests")
+import orbax.checkpoint as ocp
+from spo_jax.checkpoint import Checkpoints
+from test_checkpoint import edges, trained
+
+def die(*_):
+  os.kill(os.getpid(), 9)
+
+with Checkpoints({str(tmp_path)!r} and __import__("pathlib").Path({str(tmp_path)!r}), 2) as c:
+  c.save(1, trained(1), {{"n": 1}}, edges(3))
+  c.close()
+"""
+  raise NotImplementedError(script)

@@ -1,0 +1,274 @@
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import CONFIG, PAD, PROMPT_WIDTH, VOCAB, T
+
+from spo_jax import model, sampler
+from spo_jax.structs import Sampling
+
+P, B = 4, 12  # rows b, b + P, b + 2P, ... continue prompt b
+SLOTS = PROMPT_WIDTH + 2 * T  # room to grow once more behind a full response
+KEY = jax.random.key(7)
+NO_END = tiny.sampling(end_ids=())
+
+PROMPTS = tiny.prompts(P, seed=3)
+few = settings(deadline=None, max_examples=12)
+decode_step = jax.jit(model.decode_step, static_argnums=0)
+truncate = jax.jit(sampler.truncate)
+
+
+@functools.cache
+def prefilled(slots=SLOTS):
+  return sampler.prefill(CONFIG, tiny.params(), PROMPTS.tokens, PROMPTS.lengths, slots)
+
+
+def grow(cache, parent, prefix, token, sampling, key=KEY, ids=None, limit=T, max_tokens=T):
+  """`sampler.grow` of B rows or of one shape more, `ids` 0, 1, 2, ...: samples on the host."""
+  rows = len(parent)
+  ids = np.arange(rows) if ids is None else ids
+  columns = (np.broadcast_to(x, rows).astype(np.int32)
+             for x in (parent, prefix, token, ids, limit))  # fmt: skip
+  parent, prefix, token, ids, limit = columns
+  samples, cache, steps = sampler.grow(
+    CONFIG, tiny.params(), cache, parent, prefix, token, key, ids, limit, sampling,
+    max_tokens=max_tokens, keep_cache=True,
+  )  # fmt: skip
+  return jax.device_get(samples), cache, int(steps)
+
+
+def respond(sampling, parent=np.arange(B) % P, **kwargs):
+  """Responses to prompts; (samples, cache, steps)."""
+  prefix = PROMPTS.lengths[parent]
+  return grow(
+    prefilled(), parent, prefix, PROMPTS.tokens[parent, prefix - 1], sampling, **kwargs
+  )
+
+
+def expected_logprobs(samples, temperature):
+  """What the full forward says about responses to the prompts in turn, 0 behind them."""
+  out = np.zeros((B, T))
+  for b, response in enumerate(tiny.responses(samples)):
+    prompt = tiny.prompt_of(PROMPTS, b % P)
+    out[b, : len(response)] = tiny.response_logprobs(
+      tiny.params(), prompt, response, temperature
+    )
+  return out
+
+
+def close(actual, expected, tolerance=1e-4):
+  np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+# Decoding against the full forward.
+
+
+def test_decode_steps_equal_the_full_forward():
+  """Forced tokens, rows of different lengths in one cache."""
+  forced = np.random.default_rng(0).integers(0, VOCAB, (P, T))
+  cache = sampler.fork(prefilled(), np.arange(P), PROMPTS.lengths - 1)
+  token = PROMPTS.tokens[np.arange(P), PROMPTS.lengths - 1]
+  for t in range(T):
+    scores, cache = decode_step(CONFIG, tiny.params(), jnp.asarray(token), cache)
+    for b in range(P):
+      tokens = tiny.prompt_of(PROMPTS, b) + forced[b, :t].tolist()
+      close(scores[b], tiny.reference_logits(CONFIG, tiny.params(), [tokens])[0, -1])
+    token = forced[:, t]
+  np.testing.assert_array_equal(cache.length, PROMPTS.lengths - 1 + T)
+
+
+@pytest.mark.parametrize("temperature", [0.35, 1.0, 1.7])
+def test_reported_logprobs_equal_the_full_forward_at_the_temperature(temperature):
+  samples, _, _ = respond(tiny.sampling(temperature))
+  close(samples.logprobs, expected_logprobs(samples, temperature))
+
+
+def test_truncation_does_not_change_reported_logprobs():
+  samples, _, _ = respond(tiny.sampling(0.7, top_p=0.6, top_k=3))
+  close(samples.logprobs, expected_logprobs(samples, 0.7))
+
+
+@pytest.mark.parametrize("truncation", [{}, {"top_p": 0.9, "top_k": 3}])
+def test_greedy_is_the_argmax_of_the_full_forward(truncation):
+  sampling = tiny.sampling(0.0, **truncation)
+  samples, _, _ = respond(sampling)
+  for b, response in enumerate(tiny.responses(samples)):
+    prompt = tiny.prompt_of(PROMPTS, b % P)
+    scores = tiny.reference_logits(CONFIG, tiny.params(), [prompt + response])[0]
+    assert scores[len(prompt) - 1 : -1].argmax(-1).tolist() == response
+  close(samples.logprobs, expected_logprobs(samples, temperature=1.0))
+  again, _, _ = respond(sampling, key=jax.random.key(8))
+  np.testing.assert_array_equal(again.tokens, samples.tokens)
+
+
+# Forks.
+
+
+def test_fork_equals_reprefill():
+  """From every position of a row: at the prompt, inside, and behind the last token."""
+  first, cache, _ = respond(NO_END)
+  row, start = np.divmod(np.arange(B) + 3 * (T + 1), T + 1)  # rows 3 and 4, which wraps around
+  prefix = PROMPTS.lengths[row % P] + start
+  contexts = np.full((B, PROMPT_WIDTH + T), PAD, np.int32)
+  for b in range(B):
+    tokens = tiny.prompt_of(PROMPTS, row[b] % P) + tiny.responses(first)[row[b]][: start[b]]
+    contexts[b, : len(tokens)] = tokens
+  token = contexts[np.arange(B), prefix - 1]
+  key = jax.random.key(9)
+  forked, _, _ = grow(cache, row, prefix, token, NO_END, key)
+  anew = sampler.prefill(CONFIG, tiny.params(), contexts, prefix, SLOTS)
+  expected, _, _ = grow(anew, np.arange(B), prefix, token, NO_END, key)
+  np.testing.assert_array_equal(forked.tokens, expected.tokens)
+  close(forked.logprobs, expected.logprobs)
+  assert len(np.unique(forked.tokens, axis=0)) == B  # each row had a key of its own
+
+
+def test_forking_leaves_the_forked_rows_as_they_were():
+  first, cache, _ = respond(NO_END)
+  before = jax.device_get(cache)
+  prefix = PROMPTS.lengths[np.arange(B) % P] + 1
+  grow(cache, np.arange(B), prefix, first.tokens[:, 0], NO_END)
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(cache), before)
+
+
+# What a row depends on.
+
+
+@few
+@given(st.permutations(range(B)), st.integers(0, 1000))
+def test_a_row_depends_on_its_own_key_and_prefix_only(order, seed):
+  key, order = jax.random.key(seed), np.array(order)
+  samples, _, _ = respond(NO_END, key=key)
+  stranger = np.arange(B) % 3 == 0  # the other rows only move
+  moved, _, _ = respond(
+    NO_END,
+    np.where(stranger, 0, order % P),
+    key=key,
+    ids=np.where(stranger, 500 + order, order),
+    limit=np.where(stranger, order % T, T),
+  )
+  same = order[~stranger]
+  np.testing.assert_array_equal(moved.tokens[~stranger], samples.tokens[same])
+  close(moved.logprobs[~stranger], samples.logprobs[same], 1e-5)
+
+
+def test_the_padding_width_of_prompts_does_not_change_samples():
+  samples, _, _ = respond(NO_END)
+  wider = np.pad(PROMPTS.tokens, ((0, 0), (0, 2)), constant_values=5)
+  cache = sampler.prefill(CONFIG, tiny.params(), wider, PROMPTS.lengths, SLOTS)
+  parent = np.arange(B) % P
+  prefix = PROMPTS.lengths[parent]
+  other, _, _ = grow(cache, parent, prefix, wider[parent, prefix - 1], NO_END)
+  np.testing.assert_array_equal(other.tokens, samples.tokens)
+  close(other.logprobs, samples.logprobs, 1e-5)
+
+
+def test_the_same_key_and_id_repeats_a_row_and_others_do_not():
+  samples, _, _ = respond(NO_END, ids=np.repeat([0, 1, 2], P))
+  again, _, _ = respond(NO_END, ids=np.repeat([1, 0, 2], P))
+  fresh, _, _ = respond(NO_END, ids=np.repeat([0, 1, 2], P), key=jax.random.key(8))
+  np.testing.assert_array_equal(samples.tokens[:P], again.tokens[P : 2 * P])
+  assert (samples.tokens[:P] != samples.tokens[P : 2 * P]).any(-1).all()
+  assert (samples.tokens != fresh.tokens).any(-1).mean() > 0.8
+
+
+# Ends.
+
+
+def test_rows_end_at_any_end_id_or_at_their_limit():
+  """Where they would not end is known from the same draws without end ids."""
+  limit = np.arange(B) % (T + 1)
+  endings = set()
+  for key in jax.random.split(KEY, 4):
+    samples, cache, steps = respond(tiny.sampling(), limit=limit, key=key)
+    endless, _, _ = respond(NO_END, key=key)
+    for b, free in enumerate(endless.tokens.tolist()):
+      n = next((t + 1 for t in range(limit[b]) if free[t] in tiny.ENDS), limit[b])
+      assert samples.lengths[b] == n
+      assert samples.tokens[b].tolist() == free[:n] + [PAD] * (T - n)
+      assert samples.finished[b] == (n > 0 and free[n - 1] in tiny.ENDS)
+      close(samples.logprobs[b, :n], endless.logprobs[b, :n], 1e-5)
+      assert (samples.logprobs[b, n:] == 0).all()
+      endings.add((free[n - 1] if samples.finished[b] else "limit", n == limit[b]))
+    assert steps == samples.lengths.max()
+    last_not_in_cache = PROMPTS.lengths[np.arange(B) % P] + samples.lengths - 1
+    np.testing.assert_array_equal(cache.length, last_not_in_cache)
+  assert endings == {(1, False), (1, True), (2, False), (2, True), ("limit", True)}
+
+
+def test_the_loop_stops_when_all_rows_are_done():
+  samples, _, steps = respond(NO_END, limit=np.arange(B) % 3)
+  np.testing.assert_array_equal(samples.lengths, np.arange(B) % 3)
+  assert steps == 2
+  idle, _, steps = respond(NO_END, limit=0)
+  assert steps == 0
+  assert (idle.tokens == PAD).all() and not idle.finished.any()
+
+
+def test_an_end_id_in_the_prompt_does_not_end_a_row():
+  parent, token = np.arange(B) % P, np.resize(tiny.ENDS, B)
+  samples, _, _ = grow(prefilled(), parent, PROMPTS.lengths[parent], token, tiny.sampling())
+  assert (samples.lengths > 0).all() and (samples.lengths > 1).any()
+
+
+# Distributions.
+
+
+def allowed_by_hand(p, top_p, top_k):
+  """Most likely first: stop behind the token that reaches top_p, or at top_k tokens."""
+  kept, mass = [], 0.0
+  for token in np.argsort(-p):
+    if mass >= top_p or (top_k and len(kept) == top_k):
+      break
+    kept.append(token)
+    mass += p[token]
+  return np.isin(np.arange(len(p)), kept) * p / p[kept].sum()
+
+
+@pytest.mark.parametrize(
+  ("temperature", "top_p", "top_k"),
+  [(1.0, 1.0, 0), (0.6, 1.0, 0), (1.3, 0.75, 0), (1.0, 1.0, 3), (1.2, 0.8, 3)],
+)
+def test_sampled_pairs_of_tokens_match_the_softmax(temperature, top_p, top_k):
+  """Two tokens behind one prompt in many rows: the second depends on the first as it must."""
+  rows, prompt = 6000, tiny.prompt_of(PROMPTS, 2)
+  sampling = tiny.sampling(temperature, top_p, top_k, end_ids=())
+  samples, _, _ = grow(
+    prefilled(), np.full(rows, 2), len(prompt), prompt[-1], sampling, limit=2, max_tokens=2
+  )
+
+  def step(prefix):
+    probs = np.exp(tiny.next_logprobs(tiny.params(), prefix, temperature))
+    return allowed_by_hand(probs, top_p, top_k)
+
+  first = step(prompt)
+  expected = np.concatenate([first[a] * step([*prompt, a]) for a in range(VOCAB)]) * rows
+  observed = np.bincount(samples.tokens @ [VOCAB, 1], minlength=VOCAB**2)
+  assert (observed[expected == 0] == 0).all()  # nothing outside the support ...
+  assert (observed[expected > 15] > 0).all()  # ... and all of it
+  rare = expected < 5
+  observed, expected = (np.append(x[~rare], x[rare].sum()) for x in (observed, expected))
+  used = expected > 0
+  assert scipy.stats.chisquare(observed[used], expected[used]).pvalue > 1e-3
+
+
+@few
+@given(seed=st.integers(0, 2**32 - 1), top_p=st.floats(0.01, 1.0), scale=st.floats(0.1, 4.0))
+@pytest.mark.parametrize("top_k", [0, 1, 4])
+def test_truncation_keeps_the_smallest_set_that_reaches_top_p(seed, top_p, scale, top_k):
+  scores = scale * np.random.default_rng(seed).normal(size=(5, VOCAB)).astype(np.float32)
+  kept = np.isfinite(truncate(scores, Sampling(1.0, top_p, (), PAD, top_k, True)))
+  for row, keep in zip(scores.astype(np.float64), kept):
+    probs = np.exp(row - np.logaddexp.reduce(row))
+    mass = np.cumsum(np.sort(probs)[::-1])[:-1]
+    edge = np.abs(mass - top_p).min() < 1e-5  # float32 may say otherwise
+    assert edge or (keep == (allowed_by_hand(probs, top_p, top_k) > 0)).all()
+
