@@ -120,7 +120,7 @@ def tree_advantages(
   advantages = []
   for level, branch in enumerate(branch_factors):
     exists = _siblings(valid[level], branch) != 0
-    # Masked on the way in, so that garbage in invalid nodes reaches no gradient either.
+    # Masked on the way in: garbage in invalid nodes reaches no gradient, and 0 - 0 is 0.
     value = jnp.where(exists, _siblings(values[level + 1], branch), 0.0)
     parent = jnp.where(exists, values[level][:, :, None], 0.0)
     count = jnp.maximum(exists.sum(-1, keepdims=True), 1)
@@ -132,13 +132,13 @@ def tree_advantages(
       mean = value.sum(-1, keepdims=True) / count
       deviation = jnp.where(exists, _drop_rounding(value - mean, scale), 0.0)
       if baseline == "std":
-        std = _safe_sqrt((deviation**2).sum(-1, keepdims=True) / count)
+        std = jnp.sqrt((deviation**2).sum(-1, keepdims=True) / count)
         advantage = gain / (std + 1e-8)
       elif baseline == "leave_one_out":
         advantage = deviation * count / jnp.maximum(count - 1, 1)
       else:
         advantage = gain
-    advantages.append(jnp.where(exists, advantage, 0.0).reshape(valid[level].shape))
+    advantages.append(advantage.reshape(valid[level].shape))
   return tuple(advantages)
 
 
@@ -176,7 +176,7 @@ def group_advantages(
   equal = highest == over_group(jax.ops.segment_min, rewards)
   advantage = jnp.where(equal, 0.0, rewards - mean)
   if baseline == "grpo":
-    std = _safe_sqrt(over_group(jax.ops.segment_sum, advantage**2) / size)
+    std = jnp.sqrt(over_group(jax.ops.segment_sum, advantage**2) / size)
     advantage = advantage / (std + 1e-8)
   elif baseline == "rloo":
     advantage = advantage * size / jnp.maximum(size - 1, 1)
@@ -205,7 +205,6 @@ def gae(
   chex.assert_rank([rewards, values, mask], 2)
   chex.assert_equal_shape([rewards, values, mask])
   inside = mask != 0
-  rewards = jnp.where(inside, rewards, 0.0)
   values = jnp.where(inside, values, 0.0)
 
   def step_back(following, token):
@@ -277,8 +276,3 @@ def _best_of_4(value: jax.Array) -> jax.Array:
 def _drop_rounding(difference: jax.Array, scale: jax.Array) -> jax.Array:
   """0 where a difference of numbers of this scale is no more than float32 rounding."""
   return jnp.where(jnp.abs(difference) <= _ROUNDING * scale, 0.0, difference)
-
-
-def _safe_sqrt(x: jax.Array) -> jax.Array:
-  """sqrt with gradient 0 instead of infinity at 0."""
-  return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)

@@ -80,7 +80,7 @@ def _tree(
   experiment: Experiment, params: Params, prompts: Prompts, iteration: int, buffer: EdgeBuffer
 ) -> tuple[TrainRows, dict[str, float]]:
   """SPO-tree: edges of this iteration's trees join the buffer, a draw from it is trained on."""
-  config, spo = experiment.config, experiment.config.spo
+  spo = experiment.config.spo
   taken = rollouts.tree(
     experiment.engine, params, prompts, spo.branch_factors, spo.segment_tokens,
     experiment.key(Purpose.ROLLOUT, iteration),
@@ -89,8 +89,8 @@ def _tree(
     tree_advantages(
       taken.rewards, taken.finished, taken.valid, branch_factors=spo.branch_factors,
       baseline=spo.baseline,
-    )  # fmt: skip
-  )
+    )
+  )  # fmt: skip
   edges = packing.tree_edges(prompts, taken, per_edge, iteration)
   buffer.add(_rescored(experiment, params, edges))
   drawn = buffer.draw(

@@ -6,6 +6,7 @@ state, the edge buffer and a few counters.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,12 +46,16 @@ class Checkpoints:
   def save(
     self, step: int, state: State, counters: dict[str, Any], edges: Edges | None = None
   ) -> None:
-    """Saves in the background; `state` may be donated as soon as this returns.
+    """Saves in the background; all of it may be donated or changed as soon as this returns.
 
     Args:
       counters: plain JSON values.
     """
-    items = {"state": ocp.args.StandardSave(state), "counters": ocp.args.JsonSave(counters)}
+    # Orbax copies arrays before it returns, but would read the counters later.
+    items = {
+      "state": ocp.args.StandardSave(state),
+      "counters": ocp.args.JsonSave(copy.deepcopy(counters)),
+    }
     if edges is not None and len(edges.start):
       items["edges"] = ocp.args.StandardSave(dataclasses.asdict(edges))
     self._manager.save(step, args=ocp.args.Composite(**items))

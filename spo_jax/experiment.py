@@ -147,4 +147,25 @@ def build(config: Config) -> Experiment:
     truncate=rollout.top_p < 1 or rollout.top_k > 0,
   )
   engine = Engine(model_config, sampling, rollout.rows, rollout.max_response_tokens, grade)
-  return Experiment(config, model_config, task, tokens, engine)
+  experiment = Experiment(config, model_config, task, tokens, engine)
+  _check_lengths(experiment)
+  return experiment
+
+
+_CHECKED = 512  # problems of a split, so that what does not fit is said before any compute
+
+
+def _check_lengths(experiment: Experiment) -> None:
+  """Raises ValueError for prompts and demonstrations that are longer than their rows."""
+  config = experiment.config
+  experiment.held_out("test", min(config.eval.problems, _CHECKED))
+  problems = experiment.questions(cursor=0, count=_CHECKED).problems
+  if config.sft.max_steps:
+    experiment.held_out("validation", min(config.sft.check_problems, _CHECKED))
+    texts = [str(problem.demonstration) for problem in problems]
+    longest = 1 + max(map(len, experiment.tokenizer(texts)["input_ids"]))
+    if longest > config.rollout.max_response_tokens:
+      raise ValueError(
+        f"a demonstration has {longest} tokens with its end, rollout.max_response_tokens="
+        f"{config.rollout.max_response_tokens} cannot hold it. Raise it to {longest}."
+      )

@@ -182,7 +182,7 @@ def token_logprobs(
   hidden: jax.Array,
   head: jax.Array,
   targets: jax.Array,
-  temperature: float = 1.0,
+  temperature: float | jax.Array = 1.0,
   chunk_tokens: int | None = None,
 ) -> jax.Array:
   """Log-probability of every target, without an array of [B, T, V].

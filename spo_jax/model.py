@@ -189,6 +189,10 @@ def count_params(config: ModelConfig) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
+def _apply(config: ModelConfig, params: Params, *inputs: Any) -> Any:
+  return Decoder(config).apply({"params": params}, *inputs)
+
+
 def hidden_states(
   config: ModelConfig, params: Params, tokens: jax.Array, mask: jax.Array
 ) -> jax.Array:
@@ -196,9 +200,7 @@ def hidden_states(
   length = tokens.shape[1]
   causal = jnp.tril(jnp.ones((length, length), bool))
   positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-  hidden, _ = Decoder(config).apply(
-    {"params": params}, tokens, positions, causal[None] & mask[:, None, :]
-  )
+  hidden, _ = _apply(config, params, tokens, positions, causal[None] & mask[:, None, :])
   return hidden
 
 
@@ -224,9 +226,9 @@ def prefill(
   causal = jnp.tril(jnp.ones((width, width), bool))
   positions = jnp.broadcast_to(jnp.arange(width), tokens.shape)
   mask = causal[None] & (positions < lengths[:, None])[:, None, :]
-  _, presents = Decoder(config).apply({"params": params}, tokens, positions, mask)
+  _, presents = _apply(config, params, tokens, positions, mask)
   pad = ((0, 0), (0, 0), (0, slots - width), (0, 0))
-  keys, values = jax.tree.map(lambda x: jnp.pad(x, pad), presents)
+  keys, values = (tuple(jnp.pad(x, pad) for x in layers) for layers in presents)
   return KVCache(keys=keys, values=values, length=lengths)
 
 
@@ -236,8 +238,8 @@ def decode_step(
   """Appends one token per row: i32[B] -> next-token logits f32[B, V] and the longer cache."""
   slots = cache.keys[0].shape[2]
   mask = jnp.arange(slots)[None, None, :] <= cache.length[:, None, None]
-  hidden, (keys, values) = Decoder(config).apply(
-    {"params": params}, token[:, None], cache.length[:, None], mask, cache
+  hidden, (keys, values) = _apply(
+    config, params, token[:, None], cache.length[:, None], mask, cache
   )
   scores = jnp.einsum(
     "be,ev->bv", hidden[:, 0], head_weight(config, params), preferred_element_type=jnp.float32

@@ -9,7 +9,7 @@ import numpy as np
 
 from spo_jax.layout import before, behind_prompts, fill, join, shift
 from spo_jax.segments import uncertain_tokens
-from spo_jax.structs import Edges, Prompts, RolloutTree, Samples, TrainRows, Trajectories
+from spo_jax.structs import Array, Edges, Prompts, RolloutTree, Samples, TrainRows, Trajectories
 
 
 def trajectory_rows(
@@ -159,7 +159,7 @@ def optimiser_batches(
 
 
 def _probability_mask(
-  logprobs: np.ndarray, is_response: np.ndarray, threshold: float | None
+  logprobs: Array, is_response: Array, threshold: float | None
 ) -> np.ndarray:
   if threshold is None:
     return is_response

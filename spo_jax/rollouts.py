@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from spo_jax import sampler
@@ -77,7 +78,7 @@ class Engine:
     limit: np.ndarray,
     max_tokens: int,
     keep_cache: bool = False,
-  ) -> tuple[Samples, KVCache | None, jax.Array]:
+  ) -> tuple[Samples, Any, jax.Array]:
     """`sampler.grow`, still on the device; `fetch` brings the samples over."""
     return sampler.grow(
       self.config, params, cache, parent.astype(np.int32), prefix.astype(np.int32),
@@ -98,7 +99,7 @@ class Engine:
 def _cut(
   logprobs: jax.Array, lengths: jax.Array, threshold: float, interval: int, max_segments: int
 ) -> tuple[jax.Array, jax.Array]:
-  is_response = np.arange(logprobs.shape[1])[None] < lengths[:, None]
+  is_response = jnp.arange(logprobs.shape[1])[None] < lengths[:, None]
   segment = cutpoint_segments(logprobs, is_response, threshold, interval)
   return segment, segment_starts(segment, max_segments)
 
@@ -119,7 +120,7 @@ def flat(
         prompt=prompt,
         samples=response,
         rewards=engine.grade(prompts, prompt, response),
-        segment=np.where(before(response.lengths, engine.response_tokens), 0, -1).astype(np.int32),
+        segment=before(response.lengths, engine.response_tokens).astype(np.int32) - 1,
         values=np.zeros((len(prompt), 1), np.float32),
       )
     )
@@ -159,7 +160,15 @@ def chain(
     )  # fmt: skip
     values[row, k] = means[inverse]
     estimated += len(first)
-    parts.append(Trajectories(prompt, response, engine.grade(prompts, prompt, response), segment, values))
+    parts.append(
+      Trajectories(
+        prompt=prompt,
+        samples=response,
+        rewards=engine.grade(prompts, prompt, response),
+        segment=segment,
+        values=values,
+      )
+    )
   return _concatenate(parts)
 
 
@@ -206,7 +215,7 @@ def _respond(
       params, engine.prefill(params, tokens, lengths), parent, prefix, tokens[parent, prefix - 1],
       key, ids, is_real * engine.response_tokens, engine.response_tokens, keep_cache=True,
     )  # fmt: skip
-    response = jax.tree.map(lambda x: x[is_real], engine.fetch(drawn, steps))
+    response = _select(engine.fetch(drawn, steps), is_real)
     prompt = questions[parent[is_real]]
     if score is not None:
       response = response.replace(logprobs=score(prompts, prompt, response))
@@ -264,8 +273,7 @@ def _continue(
 
   rewards = np.zeros(len(row), np.float32)
   for part, samples, steps in drawn:
-    fetched = engine.fetch(samples, steps)
-    fetched = jax.tree.map(lambda x, n=len(row[part]): x[:n], fetched)
+    fetched = _select(engine.fetch(samples, steps), slice(len(row[part])))
     whole = join(response.tokens[row[part]], start[part], fetched)
     rewards[part] = engine.grade(prompts, prompt[row[part]], whole)
   total = np.bincount(source, rewards, len(row) // continuations)
@@ -313,7 +321,7 @@ def _grow_trees(
     graded = np.flatnonzero(valid & (own.finished | is_last))
     rewards = np.zeros(len(parent), np.float32)
     prompt = questions[0] + np.arange(len(parent)) // nodes
-    rewards[graded] = engine.grade(prompts, prompt[graded], jax.tree.map(lambda x: x[graded], path))
+    rewards[graded] = engine.grade(prompts, prompt[graded], _select(path, graded))
     levels.append((own.tokens, own.logprobs, own.lengths, own.finished, valid, rewards))
     prefix = prefix[parent] + own.lengths
     token = own.tokens[np.arange(len(parent)), np.maximum(own.lengths, 1) - 1]
@@ -322,13 +330,20 @@ def _grow_trees(
   def by_tree(x: np.ndarray) -> np.ndarray:
     return x.reshape(at_once, -1, *x.shape[1:])[: len(questions)]
 
-  columns = [tuple(map(by_tree, column)) for column in zip(*levels)]
-  return RolloutTree(*columns, branch_factors=branch_factors)
+  names = ("tokens", "logprobs", "lengths", "finished", "valid", "rewards")
+  columns: dict[str, Any] = {
+    name: tuple(map(by_tree, column)) for name, column in zip(names, zip(*levels))
+  }
+  return RolloutTree(**columns, branch_factors=branch_factors)
 
 
 def _take(prompts: Prompts, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
   """Prompt tokens and lengths, filled up to `count` rows of length 0."""
   return fill(prompts.tokens[rows], count), fill(prompts.lengths[rows], count)
+
+
+def _select(samples: Samples, rows: np.ndarray | slice) -> Samples:
+  return jax.tree.map(lambda x: x[rows], samples)
 
 
 def _concatenate(parts: list[Trajectories]) -> Trajectories:

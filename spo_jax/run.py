@@ -52,15 +52,16 @@ class Run:
     self._started = time.perf_counter()
     self._totals: dict[str, float] = {"seconds": 0.0, "tokens": 0}
     self._checkpoints = Checkpoints(run_dir / "checkpoints" / "policy", config.checkpoint.keep)
-    self.iteration = self._checkpoints.latest()
-    if self.iteration is None:
+    latest = self._checkpoints.latest()
+    self.iteration = latest or 0
+    if latest is None:
       self._begin()
     else:
       self._restore()
 
   def _begin(self) -> None:
     self.log.resume_at(-1)
-    params = warm_start(self.experiment, self.run_dir)
+    params = warm_start(self.experiment, self.run_dir, self.compiles)
     self.state = init_state(params, self.optimizer)
     if self._needs_reference:
       self.reference = jax.tree.map(jnp.copy, params)  # the state's own buffers are donated

@@ -23,8 +23,7 @@ from spo_jax.config import ModelConfig
 from spo_jax.structs import KVCache, Samples, Sampling
 
 
-@struct.dataclass
-class Rows:
+class Rows(struct.PyTreeNode):
   """Rows about to decode."""
 
   cache: KVCache
@@ -33,8 +32,7 @@ class Rows:
   limit: jax.Array  # i32[B], most tokens to sample; 0 for an idle row
 
 
-@struct.dataclass
-class _Loop:
+class _Loop(struct.PyTreeNode):
   step: jax.Array
   token: jax.Array
   cache: KVCache
@@ -123,8 +121,8 @@ def decode(
     )
     # A row that is done keeps its length: what it writes next lands behind its end.
     length = jnp.where(live, cache.length, loop.cache.length)
-    return _Loop(loop.step + 1, jnp.where(live, token, loop.token), cache.replace(length=length),
-                 samples)  # fmt: skip
+    cache, token = cache.replace(length=length), jnp.where(live, token, loop.token)
+    return _Loop(step=loop.step + 1, token=token, cache=cache, samples=samples)
 
   start = Samples(
     tokens=jnp.full((batch, max_tokens), sampling.pad_id, jnp.int32),
@@ -135,7 +133,7 @@ def decode(
   end = jax.lax.while_loop(
     lambda loop: jnp.any(active(loop.samples)),
     body,
-    _Loop(jnp.int32(0), rows.token, rows.cache, start),
+    _Loop(step=jnp.int32(0), token=rows.token, cache=rows.cache, samples=start),
   )
   return end.samples, end.cache, end.step
 
@@ -172,6 +170,7 @@ def grow(
     keep_cache: whether the new rows will be grown from in turn.
   Returns: see `decode`.
   """
-  rows = Rows(fork(cache, parent, prefix - 1), token, row_keys(key, ids), limit)
+  forked = fork(cache, parent, prefix - 1)
+  rows = Rows(cache=forked, token=token, keys=row_keys(key, ids), limit=limit)
   samples, cache, steps = decode(config, params, rows, sampling, max_tokens)
   return samples, cache if keep_cache else None, steps

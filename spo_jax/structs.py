@@ -19,11 +19,10 @@ import jax
 import numpy as np
 from flax import struct
 
-Array = jax.Array | np.ndarray
+Array = Any  # numpy on the host, jax.Array on the device
 
 
-@struct.dataclass
-class KVCache:
+class KVCache(struct.PyTreeNode):
   """Keys and values of every row, left-aligned, with a length of its own per row.
 
   `length[b]` tokens of row b are stored. Forking a row is: gather it, set its length.
@@ -34,8 +33,7 @@ class KVCache:
   length: jax.Array  # i32[B]
 
 
-@struct.dataclass
-class Sampling:
+class Sampling(struct.PyTreeNode):
   """How tokens are drawn. Logprobs are those of the tempered, untruncated softmax."""
 
   temperature: float | jax.Array  # 0: greedy
@@ -46,8 +44,7 @@ class Sampling:
   truncate: bool = struct.field(pytree_node=False, default=False)  # top-p or top-k in use
 
 
-@struct.dataclass
-class Samples:
+class Samples(struct.PyTreeNode):
   """What the sampler drew for B rows, response tokens only."""
 
   tokens: Array  # i32[B, T], pad after the end
@@ -56,8 +53,7 @@ class Samples:
   finished: Array  # bool[B], the row ended by an end-of-text token
 
 
-@struct.dataclass
-class Prompts:
+class Prompts(struct.PyTreeNode):
   """Tokenised questions of one iteration."""
 
   tokens: np.ndarray  # i32[P, Lp]
@@ -66,8 +62,7 @@ class Prompts:
   problems: tuple[Any, ...] = struct.field(pytree_node=False)  # tasks.Problem, for the grader
 
 
-@struct.dataclass
-class Trajectories:
+class Trajectories(struct.PyTreeNode):
   """Whole responses with the value of every segment boundary (flat and chain rollouts).
 
   The one intermediate form of all estimators: a segment id per token and a value in
@@ -81,8 +76,7 @@ class Trajectories:
   values: np.ndarray  # f32[B, S]
 
 
-@struct.dataclass
-class RolloutTree:
+class RolloutTree(struct.PyTreeNode):
   """P trees; level d (1..D) holds n_d = b_1 * ... * b_d nodes per tree.
 
   Node i's children one level down are i*b .. i*b + b - 1, so there are no parent
@@ -98,8 +92,7 @@ class RolloutTree:
   branch_factors: tuple[int, ...] = struct.field(pytree_node=False)
 
 
-@struct.dataclass
-class Edges:
+class Edges(struct.PyTreeNode):
   """Tree nodes as training samples: context, own tokens and one advantage each."""
 
   tokens: np.ndarray  # i32[B, L], prompt, path and own tokens
@@ -111,8 +104,7 @@ class Edges:
   born: np.ndarray  # i32[B], iteration of the rollout
 
 
-@struct.dataclass
-class TrainRows:
+class TrainRows(struct.PyTreeNode):
   """Training rows of fixed width: the one form that the update consumes."""
 
   tokens: Array  # i32[B, L]
@@ -122,8 +114,7 @@ class TrainRows:
   advantages: Array  # f32[B, L]
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
   """What an update changes."""
 
   params: Any

@@ -106,6 +106,10 @@ def open_run_dir(config: Config, config_path: Path, run_dir: Path | None, resume
       raise ConfigError(
         f"--resume: {blocking[0]} differs from {stored}; set it back or start a new run."
       )
+  try:
+    run_dir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ConfigError(f"--run-dir {run_dir}: {error.strerror}; name another.") from error
   return run_dir
 
 
@@ -136,13 +140,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prog="python -m spo_jax.train", description="Train a policy with SPO-chain, SPO-tree, GRPO."
   )
   parser.add_argument("--config", type=Path, required=True, help="a YAML file, see configs/")
-  parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-                      help="change keys of the file, e.g. --set seed=1 train.iterations=5")  # fmt: skip
+  parser.add_argument(
+    "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+    help="change keys of the file, e.g. --set seed=1 train.iterations=5",
+  )  # fmt: skip
   parser.add_argument("--run-dir", type=Path, help="default: runs/CONFIG-TIME")
-  parser.add_argument("--resume", action="store_true",
-                      help="continue the run of --run-dir, or the newest of this config")  # fmt: skip
-  parser.add_argument("--dry-run", action="store_true",
-                      help="print the resolved config and the plan, then stop")  # fmt: skip
+  parser.add_argument(
+    "--resume", action="store_true", help="continue the run of --run-dir, or this config's newest"
+  )
+  parser.add_argument(
+    "--dry-run", action="store_true", help="print the resolved config and the plan, then stop"
+  )
   options = parser.parse_args(arguments)
   try:
     config = load(options.config, options.set)
@@ -158,7 +166,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
   with log:
     log.write_config(to_yaml(config))
     print(to_yaml(config) + "\n" + plan(experiment), flush=True)
-    summary = train(experiment, run_dir, log)
+    try:
+      summary = train(experiment, run_dir, log)
+    except KeyboardInterrupt:
+      print(f"Stopped; --resume --run-dir {run_dir} continues.", file=sys.stderr)
+      return 130
     runlog.final_table(summary, run_dir)
     print(f"Report: {write_report(run_dir)}")
   return 0

@@ -154,6 +154,7 @@ def _become(request: dict, out: Path, err: Path, compiled: Path) -> None:
   for number, path in ((0, os.devnull), (1, out), (2, err)):
     os.dup2(os.open(path, os.O_RDWR), number)
   os.chdir(request["cwd"])
+  signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
   if request["stop"]:
     Stop(*request["stop"]).install()
   _count_compilations(compiled)

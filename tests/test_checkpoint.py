@@ -24,7 +24,7 @@ OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=3))
 def fresh(key):
   params = {
     "embed": jax.random.normal(key, (17, 8)),
-    "layer": {"scale": jnp.full(8, 1.5, jnp.bfloat16), "empty": jnp.zeros((0, 3))},
+    "layer": {"scale": jnp.full(8, 1.5, jnp.bfloat16)},
   }
   return init_state(params, OPTIMIZER)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-import os
+
 
 import pytest
 
@@ -33,10 +33,8 @@ def test_a_run_killed_again_and_again_equals_one_that_was_not(
   train, finished, config, tmp_path, variant
 ):
   command = ["--config", config, "--run-dir", tmp_path, "--set", *VARIANTS[variant]]
-  import time
   for moment, stop in MOMENTS[variant].items():
     result = train(*command, stop=stop)
-    print(time.time(),os.times(), moment, result.code, [m["iteration"] for m in metrics(tmp_path)] if (tmp_path/"metrics.jsonl").exists() else "", list((tmp_path/"checkpoints").glob("*/*")))
     assert result.code == -signal.SIGKILL, f"{moment}: {result.err}"
     command = [*command[:4], "--resume", *command[-len(VARIANTS[variant]) - 1 :]]
   result = train(*command)

@@ -158,9 +158,12 @@ def test_whole_segments_and_token_segments_by_hand():
 
 
 def test_segments_from_starts_cuts_at_lines():
-  starts = np.array([[True, False, False, True, False, True]])
-  segment = segments.segments_from_starts(starts, prefix_mask([5], 6))
-  np.testing.assert_array_equal(segment, [[0, 0, 0, 1, 1, -1]])
+  starts = np.array(
+    [[True, False, False, True, False, True], [True, False, True, True, False, False]]
+  )
+  mask = np.array([[True] * 5 + [False], [False, True, True, False, True, True]])
+  segment = segments.segments_from_starts(starts, mask)
+  np.testing.assert_array_equal(segment, [[0, 0, 0, 1, 1, -1], [-1, -1, 0, -1, 0, 0]])
 
 
 @pytest.mark.parametrize("garbage", [np.nan, -np.inf, -50.0])
