@@ -147,6 +147,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
+  """Axes of the device mesh. Runs use one device so far, so no axis may be larger than 1."""
+
   data: int = -1  # -1: all devices that are left
   fsdp: int = 1
   tensor: int = 1
@@ -385,8 +387,7 @@ def _validate_ranges(config: Config) -> None:
     "sft.optimizer.learning_rate": 0, "sft.optimizer.warmup_steps": 0,
     "sft.optimizer.weight_decay": 0, "sft.optimizer.clip_norm": 0, "eval.problems": 1,
     "eval.every": 1, "eval.temperature": 0, "eval.texts": 0, "checkpoint.every": 1,
-    "checkpoint.keep": 1, "mesh.data": -1, "mesh.fsdp": -1, "mesh.tensor": -1,
-    "model.rope_theta": 1, "model.norm_eps": 0,
+    "checkpoint.keep": 1, "model.rope_theta": 1, "model.norm_eps": 0,
   }  # fmt: skip
   for key, allowed in choices.items():
     if (value := _get(config, key)) not in allowed:
@@ -396,6 +397,9 @@ def _validate_ranges(config: Config) -> None:
   for key, low in minimum.items():
     if not low <= (value := _get(config, key)) <= _LARGEST:  # False for NaN too
       raise ConfigError(f"{key}={value} must be a number from {low:g} to {_LARGEST}.")
+  for name, size in dataclasses.asdict(config.mesh).items():
+    if size not in (-1, 1):
+      raise ConfigError(f"mesh.{name}={size}: a run uses one device so far. Set mesh.{name}=1.")
   if config.rollout.temperature == 0:
     raise ConfigError("rollout.temperature=0 samples without exploring. Set it above 0, e.g. 0.6.")
   for section in ("optimizer", "sft.optimizer"):

@@ -118,9 +118,13 @@ class Run:
     elapsed, self._started = now - self._started, now
     return elapsed
 
+  def wait(self) -> None:
+    """Waits for the last checkpoint."""
+    self._checkpoints.close()
+
   def close(self) -> dict[str, Any]:
     """Waits for the last checkpoint, writes summary.json and returns it."""
-    self._checkpoints.close()
+    self.wait()
     evaluated = [r for r in runlog.read_metrics(self.run_dir) if "eval/greedy_accuracy" in r]
     summary = {
       "initial": {name: evaluated[0][f"eval/{name}"] for name in ACCURACIES},

@@ -30,6 +30,7 @@ def warm_start(experiment: Experiment, run_dir: Path, compiles: CompileCount) ->
     accuracy = counters["sampled_accuracy"]
     compiles.programs |= set(counters["programs"])
   with (
+    checkpoints,
     runlog.RunLog(run_dir / "warm_start") as log,
     runlog.progress("warm start", total=settings.max_steps, start=step) as bar,
   ):
@@ -48,5 +49,4 @@ def warm_start(experiment: Experiment, run_dir: Path, compiles: CompileCount) ->
       bar.advance(steps, loss=float(loss), sampled=accuracy)
       counters = {"sampled_accuracy": accuracy, "programs": sorted(compiles.programs)}
       checkpoints.save(step, state, counters)
-  checkpoints.close()
   return state.params

@@ -36,17 +36,21 @@ def train(experiment: Experiment, run_dir: Path, log: runlog.RunLog) -> dict[str
   config = experiment.config
   with CompileCount() as compiles:
     run = Run(experiment, run_dir, log, compiles)
-    with runlog.progress(config.algorithm, config.train.iterations, run.iteration) as bar:
-      for iteration in range(run.iteration + 1, config.train.iterations + 1):
-        clock = Clock()
-        count = config.rollout.questions
-        prompts = experiment.questions(cursor=(iteration - 1) * count, count=count)
-        rows, figures = collect(experiment, run.state.params, prompts, iteration, run.buffer)
-        clock.lap("time/rollout_s")
-        losses = learn(run, rows, iteration)
-        clock.lap("time/update_s")
-        record = run.finish(iteration, {**figures, **losses}, clock)
-        bar.advance(**{name: record[key] for key, name in _LIVE.items() if key in record})
+    try:
+      with runlog.progress(config.algorithm, config.train.iterations, run.iteration) as bar:
+        for iteration in range(run.iteration + 1, config.train.iterations + 1):
+          clock = Clock()
+          count = config.rollout.questions
+          prompts = experiment.questions(cursor=(iteration - 1) * count, count=count)
+          rows, figures = collect(experiment, run.state.params, prompts, iteration, run.buffer)
+          clock.lap("time/rollout_s")
+          losses = learn(run, rows, iteration)
+          clock.lap("time/update_s")
+          record = run.finish(iteration, {**figures, **losses}, clock)
+          bar.advance(**{name: record[key] for key, name in _LIVE.items() if key in record})
+    except BaseException:
+      run.wait()  # its newest checkpoint is what --resume continues
+      raise
     return run.close()
 
 
@@ -124,7 +128,8 @@ def plan(experiment: Experiment) -> str:
   }.get(config.algorithm, f"{rollout.samples} responses each")
   devices = jax.devices()
   return "\n".join((
-    f"spo_jax {__version__}, jax {jax.__version__}, {len(devices)} x {devices[0].device_kind}",
+    f"spo_jax {__version__}, jax {jax.__version__}, device {devices[0].device_kind} "
+    f"(1 of {len(devices)} used)",
     f"model: {count_params(experiment.model_config):,} parameters, "
     f"vocabulary {experiment.model_config.vocab_size}",
     f"task: {config.task.name}; warm start: at most {config.sft.max_steps} steps",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import ROOT
 
 from spo_jax.checkpoint import Checkpoints
 from spo_jax.config import OptimizerConfig
@@ -116,21 +117,55 @@ def test_a_directory_without_checkpoints_has_no_latest(tmp_path):
     assert checkpoints.latest() is None
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_save_that_was_killed_is_never_listed(tmp_path, moment):
-  """Killed before or after the arrays are written, in any case before the commit."""
-  script = f"""
+# Each child is killed in front of the n-th rename of its second save: counters, edges, state,
+# and then the checkpoint as a whole. JAX has started no thread when they are forked.
+KILLED = """
 import os, sys
-sys.path.insert(0, "tests")
-import orbax.checkpoint as ocp
+from pathlib import Path
+from runs import Stop
 from spo_jax.checkpoint import Checkpoints
 from test_checkpoint import edges, trained
 
-def die(*_):
-  os.kill(os.getpid(), 9)
-
-with Checkpoints({str(tmp_path)!r} and __import__("pathlib").Path({str(tmp_path)!r}), 2) as c:
-  c.save(1, trained(1), {{"n": 1}}, edges(3))
-  c.close()
+for call in range(1, 5):
+  child = os.fork()
+  if not child:
+    with Checkpoints(Path(sys.argv[1]) / str(call), keep=1) as checkpoints:
+      checkpoints.save(1, trained(1), {"n": 1}, edges(3))
+    Stop("orbax.checkpoint.path.atomicity.AtomicRenameTemporaryPath.finalize", call).install()
+    with Checkpoints(Path(sys.argv[1]) / str(call), keep=1) as checkpoints:
+      checkpoints.save(2, trained(2), {"n": 2}, edges(4))
+    os._exit(0)
+  print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-  raise NotImplementedError(script)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+  """Directories 1..4 of saves that were killed before their n-th rename."""
+  directory = tmp_path_factory.mktemp("killed")
+  tests = Path(__file__).parent
+  done = subprocess.run(
+    [sys.executable, "-c", KILLED, directory], capture_output=True, text=True,
+    env=os.environ | {"PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"},
+  )  # fmt: skip
+  assert done.stdout.split() == [str(-signal.SIGKILL)] * 4, done.stderr
+  return directory
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+def test_a_save_that_was_killed_is_never_listed_and_can_be_repeated(killed, call):
+  remains = [path.name for path in (killed / str(call)).iterdir()]
+  assert len(remains) == 2 and "1" in remains and "2" not in remains
+  with Checkpoints(killed / str(call), keep=1) as checkpoints:
+    assert checkpoints.latest() == 1
+    state, counters, own = checkpoints.restore(1, trained(0))
+    assert_bitwise(state, trained(1))
+    assert counters == {"n": 1}
+    assert_bitwise(own, edges(3))
+    checkpoints.save(2, trained(2), {"n": 2}, edges(4))
+  assert [path.name for path in (killed / str(call)).iterdir()] == ["2"]
+  with Checkpoints(killed / str(call), keep=1) as checkpoints:
+    state, counters, own = checkpoints.restore(2, trained(0))
+  assert_bitwise(state, trained(2))
+  assert counters == {"n": 2}
+  assert_bitwise(own, edges(4))

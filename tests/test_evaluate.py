@@ -75,6 +75,12 @@ def test_evaluation_neither_changes_the_engine_nor_samples_as_training_does(eval
   assert figures == evaluated[0]
 
 
+def test_a_tiny_top_p_makes_samples_greedy(evaluated):
+  engine = Engine(tiny.CONFIG, tiny.sampling(), 12, tiny.T, tiny.grade_into([]))
+  sampled = evaluate.respond(engine, tiny.params(), PROMPTS, 0.7, 1e-6, KEY)
+  assert tiny.responses(sampled.samples) == [response for _, response, _ in evaluated[2][:13]]
+
+
 def test_texts_are_records_of_the_first_responses(evaluated):
   _, sampled, _ = evaluated
   problems = tuple(Problem(i, f"{i}+{i}=", str(i + i), None) for i in range(13))

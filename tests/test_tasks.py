@@ -27,8 +27,8 @@ def test_demonstrations_grade_to_one_and_their_arithmetic_is_right(operations, s
       values.append(values[-1] + int(step))
     assert len(steps) == operations and min(values) >= 0 and max(values) <= 99
     assert all(step[1] != "0" for step in steps)
-    worked = [f"{a}{step}={b};" for a, step, b in zip(values, steps, values[1:], strict=False)]
-    assert problem.demonstration == "".join(worked) + f"#{values[-1]}"
+    worked = [f"{a:02d}{step}={b:02d};" for a, step, b in zip(values, steps, values[1:], strict=False)]
+    assert problem.demonstration == "".join(worked) + f"#{values[-1]:02d}"
     assert set(problem.prompt + problem.demonstration) <= set(task.charset)
 
 

@@ -88,13 +88,10 @@ def gradient(*args, **kwargs):
   return update(*args, **kwargs)[0].opt_state
 
 
-def assert_close(actual, expected, tolerance=2e-6):
-  """Equal but for rounding, which is as large as the largest number makes it."""
-
-  def close(x, y):
-    np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(1, np.abs(y).max()))
-
-  jax.tree.map(close, actual, expected)
+def assert_close(actual, expected, tolerance=1e-6):
+  """Equal but for rounding, which is as large as the norm of everything makes it."""
+  rounding = tolerance * max(1, float(optax.tree.norm(expected)))
+  jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=rounding), actual, expected)
 
 
 def assert_same(actual, expected):

@@ -1,4 +1,4 @@
-"""Chained arithmetic, generated: `85+1-5=` is answered `85+1=86;86-5=81;#81`."""
+"""Chained arithmetic, generated: `05+1-5=` is answered `05+1=06;06-5=01;#01`."""
 
 import hashlib
 import operator
@@ -18,6 +18,8 @@ _SPLIT_OF_BUCKET = tuple(name for name, share in _SHARES.items() for _ in range(
 
 class Arithmetic(Task):
   """`operations` additions and subtractions of single digits, running value always in 0..99.
+
+  Values have two digits, so that every step of a worked answer has the same length.
 
   Raises: ValueError where operations < 1 or unfinished_penalty < 0.
   """
@@ -46,7 +48,7 @@ class Arithmetic(Task):
     tail = response[start:start + MAX_ANSWER_CHARS + 1]
     if not start or len(tail) > MAX_ANSWER_CHARS or not (tail.isascii() and tail.isdigit()):
       return Grade(0.0, None)
-    return Grade(float(str(int(tail)) == problem.answer), tail)
+    return Grade(float(int(tail) == int(problem.answer)), tail)
 
 
 class _Split(Sequence[Problem]):
@@ -107,4 +109,4 @@ def _problem(uid: int, prompt: str, start: int, steps: list[int]) -> Problem:
   for step in steps:
     worked.append(f"{value:02d}{step:+d}={value + step:02d};")
     value += step
-  return Problem(uid, prompt, str(value), f"{''.join(worked)}#{value:02d}")
+  return Problem(uid, prompt, f"{value:02d}", f"{''.join(worked)}#{value:02d}")

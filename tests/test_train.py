@@ -1,0 +1,201 @@
+"""The command line: what it refuses, what it promises beforehand, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import jax
+import pytest
+
+import spo_jax
+from spo_jax.config import load
+
+pytest.register_assert_rewrite("runs")
+pytest_plugins = ["runs"]
+
+from runs import VARIANTS, metrics, summary  # noqa: E402
+
+ALGORITHMS = sorted(VARIANTS)
+KEYS = {
+  "iteration", "rollout/reward_mean", "loss/policy", "loss/kl", "loss/clip_fraction",
+  "mask/fraction", "tokens/prefilled", "tokens/decoded", "tokens/unique", "tokens/trained",
+  "compile/count", "time/rollout_s", "time/grade_s", "time/update_s",
+}  # fmt: skip
+ACCURACIES = {"greedy_accuracy", "sampled_accuracy"}
+
+REFUSED = {
+  "an unknown key": (["spo.treshold=0.5"], ["spo.treshold", "spo.threshold"]),
+  "a wrong type": (["train.iterations=many"], ["train.iterations=many", "int"]),
+  "an unknown algorithm": (["algorithm=chian"], ["chian", "chain"]),
+  "a batch that does not divide": (["train.micro_batch_rows=3"], ["train.micro_batch_rows=3"]),
+  "a tree larger than the rows": (
+    ["algorithm=tree", "spo.branch_factors=[3,3]"], ["9 leaves", "rollout.rows=8"],
+  ),
+  "a prompt longer than the context": (
+    ["rollout.max_prompt_tokens=4000"], ["rollout.max_prompt_tokens=4000", "model.max_position"],
+  ),
+  "an unknown task": (["task.name=arithmetik"], ["arithmetik", "arithmetic"]),
+  "a prompt longer than its room": (
+    ["rollout.max_prompt_tokens=6"], ["rollout.max_prompt_tokens=6", "7"],
+  ),
+  "a demonstration longer than its room": (
+    ["rollout.max_response_tokens=19"], ["rollout.max_response_tokens=19", "20"],
+  ),
+}  # fmt: skip
+
+
+@pytest.fixture(params=ALGORITHMS)
+def run(finished, request):
+  """Run directory and result of one finished run of every algorithm."""
+  return finished(request.param)
+
+
+def records(run_dir):
+  return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_run_is_said_in_one_line_before_anything_happens(train, config, tmp_path, case):
+  settings, named = REFUSED[case]
+  result = train("--config", config, "--run-dir", tmp_path / "run", "--set", *settings)
+  assert (result.code, result.out) == (2, "")
+  assert result.err.startswith("error: ") and result.err.count("\n") == 1, result.err
+  for name in named:
+    assert name in result.err
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_config_file_is_named(train, tmp_path):
+  result = train("--config", tmp_path / "none.yaml", cwd=tmp_path)
+  assert (result.code, result.out) == (2, "")
+  assert str(tmp_path / "none.yaml") in result.err and result.err.count("\n") == 1
+  assert not list(tmp_path.iterdir())
+
+
+def test_room_for_demonstrations_is_not_asked_for_without_a_warm_start(train, config):
+  settings = ["rollout.max_response_tokens=19", "sft.max_steps=0"]
+  assert train("--config", config, "--dry-run", "--set", *settings).code == 0
+
+
+def test_a_dry_run_prints_the_config_and_the_plan_and_makes_nothing(train, config, tmp_path):
+  settings = ["algorithm=tree", "seed=5", "optimizer.learning_rate=3e-5"]
+  result = train(
+    "--config", config, "--dry-run", "--run-dir", tmp_path / "run", "--set", *settings, cwd=tmp_path
+  )
+  assert (result.code, result.err) == (0, "")
+  assert not list(tmp_path.iterdir())
+  printed, _, plan = result.out.partition("\n\n")
+  (tmp_path / "printed.yaml").write_text(printed)
+  assert load(tmp_path / "printed.yaml") == load(config, settings)
+  assert spo_jax.__version__ in plan
+  for words in ("6 iterations of 4 questions", "[2, 2]", "4 leaves", "8 rows at once"):
+    assert words in plan
+
+
+def test_help_names_every_option(train):
+  result = train("--help")
+  assert (result.code, result.err) == (0, "")
+  for option in ("--config", "--set", "--run-dir", "--resume", "--dry-run"):
+    assert option in result.out
+
+
+def test_a_run_directory_is_named_after_its_config(train, config, tmp_path):
+  settings = ["train.iterations=0", "sft.max_steps=0"]
+  result = train("--config", config, "--set", *settings, cwd=tmp_path)
+  assert result.code == 0, result.err
+  (run_dir,) = (tmp_path / "runs").iterdir()
+  assert run_dir.name.startswith("tiny-")
+  assert f"runs/{run_dir.name}" in result.out
+  # The newest run of this config is the one that --resume continues.
+  settings[0] = "train.iterations=1"
+  result = train("--config", config, "--resume", "--set", *settings, cwd=tmp_path)
+  assert result.code == 0, result.err
+  assert list((tmp_path / "runs").iterdir()) == [run_dir]
+  assert [record["iteration"] for record in metrics(run_dir)] == [0, 1]
+
+
+def test_the_output_begins_with_config_version_devices_and_parameter_count(run):
+  run_dir, result = run
+  printed, _, rest = result.out.partition("\n\n")
+  assert printed + "\n" == (run_dir / "config.yaml").read_text()
+  version, model = rest.splitlines()[:2]
+  assert spo_jax.__version__ in version and jax.__version__ in version and "cpu" in version
+  assert "9,856 parameters" in model
+
+
+def test_the_output_ends_with_a_table_and_where_the_run_is(run):
+  run_dir, result = run
+  for words in ("before", "after", "greedy accuracy", "sampled accuracy", "tokens", str(run_dir)):
+    assert words in result.out[-1500:]
+  assert result.err == ""
+
+
+def test_a_run_directory_is_complete(run):
+  run_dir, _ = run
+  assert load(run_dir / "config.yaml").train.iterations == 6
+  names = sorted(path.name for path in (run_dir / "samples").iterdir())
+  assert names == [f"iteration_{i:06d}.jsonl" for i in (0, 3, 6)]
+  for name in names:
+    texts = [json.loads(line) for line in (run_dir / "samples" / name).read_text().splitlines()]
+    assert len(texts) == 2
+    assert all({"prompt", "response", "reward", "finished"} <= text.keys() for text in texts)
+  assert any((run_dir / "tensorboard").glob("events.out.tfevents.*"))
+  assert {path.name for path in (run_dir / "checkpoints" / "policy").iterdir()} == {"4", "6"}
+  assert "<html" in (run_dir / "report.html").read_text()
+
+
+def test_every_record_has_the_keys_that_others_read(run):
+  first, *rest = records(run[0])
+  assert [first["iteration"], *(record["iteration"] for record in rest)] == list(range(7))
+  for record in rest:
+    assert record.keys() >= KEYS
+    for key in KEYS:
+      assert math.isfinite(record[key]), key
+  for record in (first, *rest):
+    evaluated = {f"eval/{name}" for name in ACCURACIES} <= record.keys()
+    assert evaluated == (record["iteration"] % 3 == 0)
+
+
+def test_the_summary_says_what_the_metrics_say(run):
+  run_dir, _ = run
+  ours, all_records = summary(run_dir), records(run_dir)
+  for when, record in (("initial", all_records[0]), ("final", all_records[-1])):
+    assert ours[when] == {name: record[f"eval/{name}"] for name in ACCURACIES}
+  assert ours["iterations"] == 6
+  assert ours["seconds"] > 0
+  counted = ("tokens/prefilled", "tokens/decoded", "tokens/trained")
+  assert ours["tokens"] == sum(record[key] for record in all_records[1:] for key in counted)
+
+
+def test_nothing_is_compiled_after_the_second_iteration(run):
+  run_dir, result = run
+  counts = [record["compile/count"] for record in records(run_dir)]
+  assert counts[2:] == [counts[2]] * 5
+  assert counts[0] < counts[2]
+  compiled = dict(result.compiled)  # of any kind, the small ones outside our programs too
+  assert [compiled[i] for i in range(2, 7)] == [compiled[2]] * 5
+
+
+def test_no_token_is_computed_twice_in_a_rollout(run):
+  for record in records(run[0])[1:]:
+    assert record["tokens/prefilled"] + record["tokens/decoded"] == record["tokens/unique"] > 0
+    # Each question's prompt once: 4 of 7 tokens.
+    assert record["tokens/prefilled"] == 28
+
+
+def test_the_divergence_is_measured_where_it_is_asked_for(finished):
+  with_kl = [record["loss/kl"] for record in records(finished("grpo")[0])[1:]]
+  assert with_kl[-1] > 0  # the policy has left its reference
+  assert {record["loss/kl"] for record in records(finished("chain")[0])[1:]} == {0}
+  assert (finished("grpo")[0] / "checkpoints" / "reference").exists()
+  assert not (finished("chain")[0] / "checkpoints" / "reference").exists()
+
+
+def test_the_seed_decides_everything(train, finished, config, tmp_path):
+  """An equal run equals: test_more_iterations_on_resume_equal_a_longer_run."""
+  options = ["--config", config, "--run-dir", tmp_path, "--set"]
+  assert train(*options, "seed=1", "train.iterations=1").code == 0
+  other, ours = metrics(tmp_path), metrics(finished("chain")[0])
+  assert other[1] != ours[1]
+  assert metrics(tmp_path / "warm_start") != metrics(finished("chain")[0] / "warm_start")
