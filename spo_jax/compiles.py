@@ -2,12 +2,16 @@
 
 The body of a jitted function runs exactly when JAX traces it for a new set of shapes, so a
 note taken there names every program. Names are stable across processes: a resumed run does
-not count again what the run before it had compiled.
+not count again what the run before it had compiled. Within a process a name that is traced
+again is counted again: so is a program that recompiles because a static argument is new.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -25,6 +29,12 @@ class CompileCount:
 
   def __init__(self, before: Iterable[str] = ()):
     self.programs = set(before)
+    self._traced: Counter[str] = Counter()
+
+  def note(self, name: str) -> None:
+    self._traced[name] += 1
+    again = self._traced[name]
+    self.programs.add(name if again == 1 else f"{name} #{again}")
 
   def __enter__(self) -> CompileCount:
     _listening.append(self)
@@ -40,9 +50,12 @@ def program(**jit_options: Any) -> Callable[[Callable[..., Any]], Callable[..., 
   def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def traced(*args: Any, **kwargs: Any) -> Any:
-      signature = ", ".join(_describe(x) for x in jax.tree.leaves((args, kwargs)))
+      leaves, structure = jax.tree.flatten((args, kwargs))
+      signature = ", ".join(map(_describe, leaves))
+      static = [structure, *filter(dataclasses.is_dataclass, leaves)]
+      digest = hashlib.blake2b(repr(static).encode(), digest_size=4).hexdigest()
       for count in _listening:
-        count.programs.add(f"{function.__module__}.{function.__name__}({signature})")
+        count.note(f"{function.__module__}.{function.__name__}({signature}) {digest}")
       return function(*args, **kwargs)
 
     return jax.jit(traced, **jit_options)

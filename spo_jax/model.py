@@ -17,6 +17,9 @@ from spo_jax.structs import KVCache
 
 Params = Any  # nested dict of arrays
 
+# Hugging Face's initializer_range. Wider projections would drown the embeddings at the start.
+_INIT = nn.initializers.normal(0.02)
+
 
 class RMSNorm(nn.Module):
   """x / rms(x) * weight over the last axis, in float32 (arXiv:1910.07467)."""
@@ -62,6 +65,11 @@ def attend(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) ->
   return jnp.einsum("bkgtc,bkch->btkgh", weights, values).reshape(b, t, n, h)
 
 
+def _dense(features: int, name: str, x: jax.Array, use_bias: bool = False) -> jax.Array:
+  """A projection of the module that calls it, computed in the dtype of x."""
+  return nn.Dense(features, use_bias=use_bias, dtype=x.dtype, kernel_init=_INIT, name=name)(x)
+
+
 class Attention(nn.Module):
   config: ModelConfig
 
@@ -78,7 +86,7 @@ class Attention(nn.Module):
     width = head_width(c)
 
     def project(heads: int, name: str) -> jax.Array:
-      out = nn.Dense(heads * width, use_bias=c.qkv_bias, name=name, dtype=x.dtype)(x)
+      out = _dense(heads * width, name, x, use_bias=c.qkv_bias)
       return out.reshape(*x.shape[:-1], heads, width)
 
     q = project(c.num_heads, "q_proj")
@@ -94,10 +102,7 @@ class Attention(nn.Module):
       rows = jnp.arange(x.shape[0])[:, None]
       keys, values = (old.at[rows, :, positions].set(new) for old, new in zip(past, (k, v)))
     out = attend(q, keys, values, mask).reshape(*x.shape[:-1], -1)
-    return nn.Dense(c.hidden_size, use_bias=False, name="o_proj", dtype=x.dtype)(out), (
-      keys,
-      values,
-    )
+    return _dense(c.hidden_size, "o_proj", out), (keys, values)
 
 
 class MLP(nn.Module):
@@ -107,12 +112,9 @@ class MLP(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    def dense(features: int, name: str) -> nn.Dense:
-      return nn.Dense(features, use_bias=False, name=name, dtype=x.dtype)
-
-    gate = nn.silu(dense(self.config.intermediate_size, "gate_proj")(x))
-    up = dense(self.config.intermediate_size, "up_proj")(x)
-    return dense(self.config.hidden_size, "down_proj")(gate * up)
+    gate = nn.silu(_dense(self.config.intermediate_size, "gate_proj", x))
+    up = _dense(self.config.intermediate_size, "up_proj", x)
+    return _dense(self.config.hidden_size, "down_proj", gate * up)
 
 
 class DecoderLayer(nn.Module):
@@ -154,10 +156,9 @@ class Decoder(nn.Module):
     Returns: hidden [B, T, E] and per-layer (keys, values), each [B, K, C, H].
     """
     c = self.config
-    init = nn.initializers.normal(0.02)
-    embedding = self.param("embed_tokens", init, (c.vocab_size, c.hidden_size), jnp.float32)
+    embedding = self.param("embed_tokens", _INIT, (c.vocab_size, c.hidden_size), jnp.float32)
     if not c.tie_embeddings:
-      self.param("lm_head", init, (c.hidden_size, c.vocab_size), jnp.float32)
+      self.param("lm_head", _INIT, (c.hidden_size, c.vocab_size), jnp.float32)
     x = embedding[tokens].astype(c.compute_dtype)
     presents = []
     for i in range(c.num_layers):

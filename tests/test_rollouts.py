@@ -33,10 +33,10 @@ def tree(engine, prompts=PROMPTS, key=KEY, params=None, branch_factors=(2, 1, 3)
 every_kind = pytest.mark.parametrize("rollout", [flat, chain, tree])
 
 
-def first_questions(count, prompts=PROMPTS):
-  return prompts.replace(
-    tokens=prompts.tokens[:count], lengths=prompts.lengths[:count],
-    question=prompts.question[:count], problems=prompts.problems[:count],
+def first_questions(count):
+  return PROMPTS.replace(
+    tokens=PROMPTS.tokens[:count], lengths=PROMPTS.lengths[:count],
+    question=PROMPTS.question[:count], problems=PROMPTS.problems[:count],
   )  # fmt: skip
 
 
