@@ -1,7 +1,6 @@
 """Problems, splits, grading of hostile text, and the order of questions."""
 
 import re
-import time
 
 import numpy as np
 import pytest
@@ -27,7 +26,7 @@ def test_demonstrations_grade_to_one_and_their_arithmetic_is_right(operations, s
       values.append(values[-1] + int(step))
     assert len(steps) == operations and min(values) >= 0 and max(values) <= 99
     assert all(step[1] != "0" for step in steps)
-    worked = [f"{a:02d}{step}={b:02d};" for a, step, b in zip(values, steps, values[1:], strict=False)]
+    worked = [f"{a:02d}{step}={b:02d};" for a, step, b in zip(values, steps, values[1:])]
     assert problem.demonstration == "".join(worked) + f"#{values[-1]:02d}"
     assert set(problem.prompt + problem.demonstration) <= set(task.charset)
 
@@ -65,13 +64,6 @@ def test_a_generated_split_is_long_and_lazy():
   assert train[np.int64(3)] == train[3]
   with pytest.raises(IndexError):
     train[len(train)]
-
-
-def test_two_thousand_problems_are_made_in_no_time():
-  for split in SPLITS:
-    start = time.process_time()
-    assert len(arithmetic().split(split)[:2000]) == 2000
-    assert time.process_time() - start < 0.3
 
 
 PROBLEM = Problem(uid=0, prompt="66+9=", answer="75", demonstration="66+9=75;#75")

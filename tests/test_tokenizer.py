@@ -1,7 +1,6 @@
 """Text to tokens and back, without a network."""
 
 import socket
-import time
 
 import numpy as np
 import pytest
@@ -117,14 +116,3 @@ def test_padding_sampled_inside_a_response_stays_visible_to_the_grader():
   task = load_task("arithmetic", None, 6, 0.0, 0)
   problem = next(problem for problem in task.split("train")[:2000] if problem.answer == "75")
   assert task.grade(problem, text, finished=True).reward == 0.0
-
-
-def test_five_thousand_responses_decode_in_no_time():
-  tokens = np.random.default_rng(0).integers(2, 17, (5000, 50)).astype(np.int32)
-  seconds = []
-  for _ in range(3):
-    start = time.perf_counter()
-    texts = decode_responses(TOKENIZER, tokens, np.full(5000, 50), (1,))
-    seconds.append(time.perf_counter() - start)
-  assert min(seconds) < 0.3
-  assert all(len(text) == 50 for text in texts)
