@@ -124,10 +124,14 @@ def build(config: Config) -> Experiment:
   )  # fmt: skip
   if task.charset is None:
     raise ValueError(f"task.name={config.task.name} needs a tokenizer; set model.path.")
+  if config.model.path:
+    raise ValueError(f"model.path={config.model.path}: only new models can be trained so far. "
+                     "Set model.path=null.")  # fmt: skip
   tokens = tokenizer.character_tokenizer(task.charset)
-  model_config = dataclasses.replace(
-    config.model, vocab_size=config.model.vocab_size or len(tokens)
-  )
+  if config.model.vocab_size not in (0, len(tokens)):
+    raise ValueError(f"model.vocab_size={config.model.vocab_size}, but the tokenizer has "
+                     f"{len(tokens)} tokens. Set model.vocab_size=0.")  # fmt: skip
+  model_config = dataclasses.replace(config.model, vocab_size=len(tokens))
   ends = tokenizer.eos_ids(tokens)
   rollout = config.rollout
 

@@ -31,6 +31,7 @@ MAX_LINES = 450
 LONG_FILES = {  # path: why it may be longer
   "tests/test_advantages.py": "numpy twins, hand numbers and exact values of every estimator",
   "tests/test_losses.py": "the same for every loss",
+  "tests/test_update.py": "every option of one update against a loss written anew",
 }
 
 # Paths of one machine, and names of package registries, which differ from place to place.
