@@ -31,7 +31,7 @@ MOMENTS = {
     "in a later rollout": Stop("spo_jax.train.collect", 4),
   },
   "grpo": {
-    "in an update": Stop("spo_jax.train.policy_update", 6),
+    "in an update": Stop("spo_jax.train.policy_update", 2),
     "behind the metrics, before the checkpoint": Stop(SAVE, 2),
   },
 }

@@ -1,6 +1,7 @@
 """Problems, splits, grading of hostile text, and the order of questions."""
 
 import re
+import time
 
 import numpy as np
 import pytest
