@@ -73,7 +73,8 @@ def collect(path, algorithm, *overrides, iteration=3, buffer=None):
 
   spo, count = experiment.config.spo, experiment.config.rollout.questions
   prompts = experiment.questions(cursor=iteration * count, count=count)
-  buffer = buffer or EdgeBuffer(spo.edges_per_question, spo.max_edge_age)
+  if buffer is None:
+    buffer = EdgeBuffer(spo.edges_per_question, spo.max_edge_age)
   with mock.patch.object(rollouts, kind, capturing):
     rows, figures = algorithms.collect(experiment, params, prompts, iteration, buffer)
   return Collected(rows, figures, prompts, captured[0], buffer)
@@ -165,7 +166,7 @@ def tree_edges_by_hand(prompts, tree, baseline):
         "leave_one_out": v - (values.sum() - v) / (len(values) - 1),
       }[baseline]
       if abs(advantage) > 1e-6:
-        # Siblings may have sampled the same tokens, and then have the same value only if leaves.
+        # A list, because siblings may have sampled the same tokens.
         edges.setdefault((longer, len(row)), []).append(advantage)
       visit(p, level + 1, child, longer)
 
