@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +29,8 @@ class Checkpoints:
   """
 
   def __init__(self, directory: Path, keep: int):
+    # Orbax raises what it logs, and warns about the remains of every kill.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     self._manager = ocp.CheckpointManager(
       directory.absolute(),
       options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),

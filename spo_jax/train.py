@@ -10,6 +10,8 @@ One iteration (Segment Policy Optimization, arXiv:2505.23564, Algorithm 1):
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -110,11 +112,24 @@ def open_run_dir(config: Config, config_path: Path, run_dir: Path | None, resume
       raise ConfigError(
         f"--resume: {blocking[0]} differs from {stored}; set it back or start a new run."
       )
+    done = max((record["iteration"] for record in runlog.read_metrics(run_dir)), default=0)
+    if done > config.train.iterations:
+      raise ConfigError(
+        f"--resume: {run_dir} has done {done} iterations; train.iterations="
+        f"{config.train.iterations} is less. Raise it."
+      )
   try:
     run_dir.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise ConfigError(f"--run-dir {run_dir}: {error.strerror}; name another.") from error
   return run_dir
+
+
+def finished(run_dir: Path, iterations: int) -> dict[str, Any] | None:
+  """The summary of a run that has nothing left to do."""
+  stored = run_dir / "summary.json"
+  summary = json.loads(stored.read_text()) if stored.exists() else {}
+  return summary if summary.get("iterations") == iterations else None
 
 
 def plan(experiment: Experiment) -> str:
@@ -138,6 +153,9 @@ def plan(experiment: Experiment) -> str:
     f"updates: {config.train.batch_rows} rows in micro-batches of "
     f"{config.train.micro_batch_rows}, {config.train.epochs} epochs",
   ))  # fmt: skip
+
+
+INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -172,14 +190,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log.write_config(to_yaml(config))
     print(to_yaml(config) + "\n" + plan(experiment), flush=True)
     try:
-      summary = train(experiment, run_dir, log)
+      summary = finished(run_dir, config.train.iterations) or train(experiment, run_dir, log)
     except KeyboardInterrupt:
       print(f"Stopped; --resume --run-dir {run_dir} continues.", file=sys.stderr)
-      return 130
+      return INTERRUPTED
     runlog.final_table(summary, run_dir)
     print(f"Report: {write_report(run_dir)}")
   return 0
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  code = main()
+  if code == INTERRUPTED:
+    os._exit(code)  # an orderly exit may crash where XLA was stopped within a compilation
+  sys.exit(code)
