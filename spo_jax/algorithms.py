@@ -8,7 +8,7 @@ import numpy as np
 from spo_jax import advantages, packing, rollouts
 from spo_jax.compiles import program
 from spo_jax.experiment import Experiment, Purpose
-from spo_jax.layout import before, behind_prompts, fill, unshift
+from spo_jax.layout import before, behind_prompts, between, fill, unshift
 from spo_jax.model import Params
 from spo_jax.packing import EdgeBuffer
 from spo_jax.structs import Edges, Prompts, Samples, TrainRows, Trajectories
@@ -155,6 +155,5 @@ def _rescored(experiment: Experiment, params: Params, edges: Edges) -> Edges:
   if not experiment.config.rollout.recompute_logprobs:
     return edges
   width = edges.tokens.shape[1]
-  is_token = before(edges.end, width)
-  logprobs = _score(experiment, params, edges.tokens, is_token)
-  return edges.replace(logprobs=np.where(is_token & ~before(edges.start, width), logprobs, 0))
+  logprobs = _score(experiment, params, edges.tokens, before(edges.end, width))
+  return edges.replace(logprobs=np.where(between(edges.start, edges.end, width), logprobs, 0))

@@ -17,7 +17,7 @@ import numpy as np
 
 from spo_jax import evaluate, model, tokenizer
 from spo_jax.config import Config, ModelConfig
-from spo_jax.layout import behind_prompts
+from spo_jax.layout import behind_prompts, select
 from spo_jax.rollouts import Engine
 from spo_jax.structs import Prompts, Samples, Sampling
 from spo_jax.tasks import Problem, Task, load_task, question_order
@@ -88,7 +88,7 @@ class Experiment:
       self.engine, params, prompts, settings.temperature, settings.top_p,
       self.key(Purpose.EVALUATE),
     )  # fmt: skip
-    shown = jax.tree.map(lambda x: x[: settings.texts], sampled)
+    shown = select(sampled, slice(settings.texts))
     return figures, evaluate.texts(prompts, shown, self._decode(shown.samples))
 
   def dev_accuracy(self, params: model.Params, count: int) -> float:

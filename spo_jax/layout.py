@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+import jax
 import numpy as np
 
 from spo_jax.structs import Prompts, Samples
+
+Rows = TypeVar("Rows")  # a struct of arrays whose first axis is rows
+
+
+def select(rows: Rows, index: np.ndarray | slice) -> Rows:
+  """The indexed rows of every array."""
+  return jax.tree.map(lambda x: x[index], rows)
+
+
+def concatenate(parts: list[Rows]) -> Rows:
+  """The rows of all parts, in order."""
+  return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+def unsampled(rows: int, width: int) -> Samples:
+  """Responses of which nothing is sampled yet, the roots of trees."""
+  return Samples(
+    tokens=np.zeros((rows, width), np.int32),
+    logprobs=np.zeros((rows, width), np.float32),
+    lengths=np.zeros(rows, np.int32),
+    finished=np.zeros(rows, bool),
+  )
 
 
 def fill(x: np.ndarray, count: int, value: int = 0) -> np.ndarray:
@@ -18,6 +43,11 @@ def before(lengths: np.ndarray, columns: int) -> np.ndarray:
   return np.arange(columns) < lengths[:, None]
 
 
+def between(start: np.ndarray, end: np.ndarray, columns: int) -> np.ndarray:
+  """bool[B, columns]: True on columns `start[b] .. end[b] - 1` of row b."""
+  return before(end, columns) & ~before(start, columns)
+
+
 def join(prefix: np.ndarray, start: np.ndarray, own: Samples) -> Samples:
   """Whole responses: `prefix[:start]` followed by what was sampled behind it.
 
@@ -27,7 +57,7 @@ def join(prefix: np.ndarray, start: np.ndarray, own: Samples) -> Samples:
   """
   width = prefix.shape[1]
   is_prefix = before(start, width)
-  is_own = before(start + own.lengths, width) & ~is_prefix
+  is_own = between(start, start + own.lengths, width)
   return Samples(
     tokens=np.where(is_own, shift(own.tokens, start, width), np.where(is_prefix, prefix, 0)),
     logprobs=np.where(is_own, shift(own.logprobs, start, width), 0).astype(np.float32),

@@ -194,15 +194,19 @@ def _apply(config: ModelConfig, params: Params, *inputs: Any) -> Any:
   return Decoder(config).apply({"params": params}, *inputs)
 
 
+def _causal(config: ModelConfig, params: Params, tokens: jax.Array, mask: jax.Array) -> Any:
+  """Forward over right-padded rows from position 0: hidden states, keys and values."""
+  length = tokens.shape[1]
+  causal = jnp.tril(jnp.ones((length, length), bool))
+  positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+  return _apply(config, params, tokens, positions, causal[None] & mask[:, None, :])
+
+
 def hidden_states(
   config: ModelConfig, params: Params, tokens: jax.Array, mask: jax.Array
 ) -> jax.Array:
   """Full causal forward over right-padded rows: i32[B, L], bool[B, L] -> [B, L, E]."""
-  length = tokens.shape[1]
-  causal = jnp.tril(jnp.ones((length, length), bool))
-  positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-  hidden, _ = _apply(config, params, tokens, positions, causal[None] & mask[:, None, :])
-  return hidden
+  return _causal(config, params, tokens, mask)[0]
 
 
 def logits(config: ModelConfig, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
@@ -224,10 +228,7 @@ def prefill(
     slots at `length` and beyond are written before they are attended.
   """
   width = tokens.shape[1]
-  causal = jnp.tril(jnp.ones((width, width), bool))
-  positions = jnp.broadcast_to(jnp.arange(width), tokens.shape)
-  mask = causal[None] & (positions < lengths[:, None])[:, None, :]
-  _, presents = _apply(config, params, tokens, positions, mask)
+  _, presents = _causal(config, params, tokens, jnp.arange(width) < lengths[:, None])
   pad = ((0, 0), (0, 0), (0, slots - width), (0, 0))
   keys, values = (tuple(jnp.pad(x, pad) for x in layers) for layers in presents)
   return KVCache(keys=keys, values=values, length=lengths)

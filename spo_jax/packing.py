@@ -7,7 +7,17 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from spo_jax.layout import before, behind_prompts, fill, join, shift
+from spo_jax.layout import (
+  before,
+  behind_prompts,
+  between,
+  concatenate,
+  fill,
+  join,
+  select,
+  shift,
+  unsampled,
+)
 from spo_jax.segments import uncertain_tokens
 from spo_jax.structs import Array, Edges, Prompts, RolloutTree, Samples, TrainRows, Trajectories
 
@@ -44,12 +54,7 @@ def tree_edges(
   """
   count, response_tokens = len(prompts.lengths), tree.tokens[-1].shape[2]
   response_tokens += sum(level.shape[2] for level in tree.tokens[:-1])
-  path = Samples(
-    tokens=np.zeros((count, response_tokens), np.int32),
-    logprobs=np.zeros((count, response_tokens), np.float32),
-    lengths=np.zeros(count, np.int32),
-    finished=np.zeros(count, bool),
-  )
+  path = unsampled(count, response_tokens)
   parts = []
   for depth, branch in enumerate(tree.branch_factors):
     parent = np.repeat(np.arange(len(path.lengths)), branch)
@@ -78,7 +83,7 @@ def tree_edges(
         born=np.full(len(kept), iteration, np.int32),
       )
     )
-  return _concatenate(parts)
+  return concatenate(parts)
 
 
 def edge_rows(edges: Edges, threshold: float | None, rows: int) -> TrainRows:
@@ -89,11 +94,13 @@ def edge_rows(edges: Edges, threshold: float | None, rows: int) -> TrainRows:
   """
   edges = jax.tree.map(lambda x: fill(x, rows), edges)
   width = edges.tokens.shape[1]
-  is_token = before(edges.end, width)
-  is_own = is_token & ~before(edges.start, width)
-  mask = _probability_mask(edges.logprobs, is_own, threshold)
+  is_own = between(edges.start, edges.end, width)
   return TrainRows(
-    edges.tokens, is_token, mask, edges.logprobs, np.where(is_own, edges.advantage[:, None], 0)
+    tokens=edges.tokens,
+    is_token=before(edges.end, width),
+    mask=_probability_mask(edges.logprobs, is_own, threshold),
+    logprobs=edges.logprobs,
+    advantages=np.where(is_own, edges.advantage[:, None], 0),
   )
 
 
@@ -113,7 +120,7 @@ class EdgeBuffer:
     return 0 if self.edges is None else len(self.edges.start)
 
   def add(self, edges: Edges) -> None:
-    self.edges = edges if self.edges is None else _concatenate([self.edges, edges])
+    self.edges = edges if self.edges is None else concatenate([self.edges, edges])
 
   def draw(
     self, count: int, iteration: int, rng: np.random.Generator, repeat: bool = False
@@ -125,7 +132,7 @@ class EdgeBuffer:
     """
     if self.edges is None:
       raise ValueError("draw from an edge buffer to which nothing was added; add a tree first.")
-    fresh = _select(self.edges, iteration - self.edges.born < self.max_age)
+    fresh = select(self.edges, iteration - self.edges.born < self.max_age)
     shuffled = rng.permutation(len(fresh.start))
     by_question = shuffled[np.argsort(fresh.question[shuffled], kind="stable")]
     question = fresh.question[by_question]
@@ -133,8 +140,8 @@ class EdgeBuffer:
     drawn = rng.permutation(by_question[rank < self.quota])[:count]
     left = np.ones(len(fresh.start), bool)
     left[drawn] = False
-    self.edges = _select(fresh, left)
-    return _select(fresh, np.resize(drawn, count) if repeat and len(drawn) else drawn)
+    self.edges = select(fresh, left)
+    return select(fresh, np.resize(drawn, count) if repeat and len(drawn) else drawn)
 
 
 def optimiser_batches(
@@ -164,11 +171,3 @@ def _probability_mask(
   if threshold is None:
     return is_response
   return np.asarray(uncertain_tokens(logprobs, is_response, threshold))
-
-
-def _select(edges: Edges, index: np.ndarray) -> Edges:
-  return jax.tree.map(lambda x: x[index], edges)
-
-
-def _concatenate(parts: list[Edges]) -> Edges:
-  return jax.tree.map(lambda *x: np.concatenate(x), *parts)

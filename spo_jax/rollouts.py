@@ -18,7 +18,7 @@ import numpy as np
 from spo_jax import sampler
 from spo_jax.compiles import program
 from spo_jax.config import ModelConfig
-from spo_jax.layout import before, fill, join
+from spo_jax.layout import before, concatenate, fill, join, select, unsampled
 from spo_jax.model import Params
 from spo_jax.segments import cutpoint_segments, segment_starts
 from spo_jax.structs import KVCache, Prompts, RolloutTree, Samples, Sampling, Trajectories
@@ -124,7 +124,7 @@ def flat(
         values=np.zeros((len(prompt), 1), np.float32),
       )
     )
-  return _concatenate(parts)
+  return concatenate(parts)
 
 
 def chain(
@@ -169,7 +169,7 @@ def chain(
         values=values,
       )
     )
-  return _concatenate(parts)
+  return concatenate(parts)
 
 
 def tree(
@@ -191,7 +191,7 @@ def tree(
     parts.append(
       _grow_trees(engine, params, prompts, rows, at_once, branch_factors, segment_tokens, key)
     )
-  return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+  return concatenate(parts)
 
 
 def _respond(
@@ -215,7 +215,7 @@ def _respond(
       params, engine.prefill(params, tokens, lengths), parent, prefix, tokens[parent, prefix - 1],
       key, ids, is_real * engine.response_tokens, engine.response_tokens, keep_cache=True,
     )  # fmt: skip
-    response = _select(engine.fetch(drawn, steps), is_real)
+    response = select(engine.fetch(drawn, steps), is_real)
     prompt = questions[parent[is_real]]
     if score is not None:
       response = response.replace(logprobs=score(prompts, prompt, response))
@@ -273,7 +273,7 @@ def _continue(
 
   rewards = np.zeros(len(row), np.float32)
   for part, samples, steps in drawn:
-    fetched = _select(engine.fetch(samples, steps), slice(len(row[part])))
+    fetched = select(engine.fetch(samples, steps), slice(len(row[part])))
     whole = join(response.tokens[row[part]], start[part], fetched)
     rewards[part] = engine.grade(prompts, prompt[row[part]], whole)
   total = np.bincount(source, rewards, len(row) // continuations)
@@ -296,12 +296,8 @@ def _grow_trees(
   prefix = np.maximum(lengths, 1)
   token = tokens[np.arange(at_once), prefix - 1]
   alive = np.arange(at_once) < len(questions)
-  path = Samples(  # the whole response down to each node of the level above
-    tokens=np.zeros((at_once, engine.response_tokens), np.int32),
-    logprobs=np.zeros((at_once, engine.response_tokens), np.float32),
-    lengths=np.zeros(at_once, np.int32),
-    finished=np.zeros(at_once, bool),
-  )
+  # The whole response down to each node of the level above.
+  path = unsampled(at_once, engine.response_tokens)
   levels = []
   for depth, branch in enumerate(branch_factors):
     is_last = depth == len(branch_factors) - 1
@@ -321,7 +317,7 @@ def _grow_trees(
     graded = np.flatnonzero(valid & (own.finished | is_last))
     rewards = np.zeros(len(parent), np.float32)
     prompt = questions[0] + np.arange(len(parent)) // nodes
-    rewards[graded] = engine.grade(prompts, prompt[graded], _select(path, graded))
+    rewards[graded] = engine.grade(prompts, prompt[graded], select(path, graded))
     levels.append((own.tokens, own.logprobs, own.lengths, own.finished, valid, rewards))
     prefix = prefix[parent] + own.lengths
     token = own.tokens[np.arange(len(parent)), np.maximum(own.lengths, 1) - 1]
@@ -340,11 +336,3 @@ def _grow_trees(
 def _take(prompts: Prompts, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
   """Prompt tokens and lengths, filled up to `count` rows of length 0."""
   return fill(prompts.tokens[rows], count), fill(prompts.lengths[rows], count)
-
-
-def _select(samples: Samples, rows: np.ndarray | slice) -> Samples:
-  return jax.tree.map(lambda x: x[rows], samples)
-
-
-def _concatenate(parts: list[Trajectories]) -> Trajectories:
-  return jax.tree.map(lambda *x: np.concatenate(x), *parts)

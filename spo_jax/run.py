@@ -18,8 +18,6 @@ from spo_jax.packing import EdgeBuffer
 from spo_jax.sft import warm_start
 from spo_jax.update import init_state, make_optimizer
 
-ACCURACIES = ("greedy_accuracy", "sampled_accuracy")
-
 
 class Clock:
   """Laps of one iteration, seconds."""
@@ -126,9 +124,10 @@ class Run:
     """Waits for the last checkpoint, writes summary.json and returns it."""
     self.wait()
     evaluated = [r for r in runlog.read_metrics(self.run_dir) if "eval/greedy_accuracy" in r]
+    names = [name for _, name in runlog.ACCURACIES]
     summary = {
-      "initial": {name: evaluated[0][f"eval/{name}"] for name in ACCURACIES},
-      "final": {name: evaluated[-1][f"eval/{name}"] for name in ACCURACIES},
+      "initial": {name: evaluated[0][f"eval/{name}"] for name in names},
+      "final": {name: evaluated[-1][f"eval/{name}"] for name in names},
       "iterations": self.iteration,
       "seconds": self._totals["seconds"] + self._elapsed(),
       "tokens": int(self._totals["tokens"]),

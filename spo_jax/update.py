@@ -87,8 +87,7 @@ def policy_update(
   """
   kl = train.kl
   mask = batch.mask
-  tokens_per_micro = jnp.sum(mask, axis=(1, 2))
-  total_tokens = jnp.maximum(jnp.sum(tokens_per_micro), 1)
+  total_tokens = jnp.maximum(jnp.sum(mask), 1)
   total_rows = jnp.maximum(jnp.sum(jnp.any(mask, axis=2)), 1)
   if train.whiten and train.official:
     advantages = jax.vmap(whiten)(batch.advantages, mask)
