@@ -32,15 +32,17 @@ class RunLog:
   Args:
     run_dir: made where it is missing.
     wandb_project: also send metrics to this Weights & Biases project; None leaves it unimported.
+    tensorboard: whether event files are written.
   Raises: ValueError where wandb is asked for and not installed.
   """
 
-  def __init__(self, run_dir: str | Path, wandb_project: str | None = None):
+  def __init__(self, run_dir: str | Path, wandb_project: str | None = None,
+               tensorboard: bool = True):
     self.run_dir = Path(run_dir)
     self._metrics = self.run_dir / "metrics.jsonl"
     self._samples = self.run_dir / "samples"
     self._samples.mkdir(parents=True, exist_ok=True)
-    self._writer: Any = None
+    self._writer: Any = None if tensorboard else _NoWriter()
     self._purge_step: int | None = None
     self._wandb = _start_wandb(wandb_project, self.run_dir) if wandb_project else None
     if self._metrics.exists():

@@ -31,7 +31,7 @@ def warm_start(experiment: Experiment, run_dir: Path, compiles: CompileCount) ->
     compiles.programs |= set(counters["programs"])
   with (
     checkpoints,
-    runlog.RunLog(run_dir / "warm_start") as log,
+    runlog.RunLog(run_dir / "warm_start", None, experiment.config.log.tensorboard) as log,
     runlog.progress("warm start", total=settings.max_steps, start=step) as bar,
   ):
     log.resume_at(step)

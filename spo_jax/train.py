@@ -182,7 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
       print(to_yaml(config) + "\n" + plan(experiment))
       return 0
     run_dir = open_run_dir(config, options.config, options.run_dir, options.resume)
-    log = runlog.RunLog(run_dir, "spo_jax" if config.log.wandb else None)
+    project = "spo_jax" if config.log.wandb else None
+    log = runlog.RunLog(run_dir, project, config.log.tensorboard)
   except (ConfigError, ValueError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2

@@ -343,3 +343,11 @@ def test_figures_read_well(value, text):
 
 def test_plain_leaves_python_values_alone():
   assert plain({"a": [1, 2.5, "x", None, True]}) == {"a": [1, 2.5, "x", None, True]}
+
+
+def test_no_event_files_are_written_where_tensorboard_is_off(tmp_path):
+  for wanted in (True, False):
+    with RunLog(tmp_path / str(wanted), tensorboard=wanted) as log:
+      log.log(0, {"loss/policy": 1.0})
+    assert (tmp_path / str(wanted) / "tensorboard").exists() == wanted
+    assert read_metrics(tmp_path / str(wanted)) == [{"loss/policy": 1.0, "iteration": 0}]
