@@ -12,6 +12,7 @@ export JAX_PLATFORMS ?= cpu
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+READY_TO_TEST := $(VENV)/.ready-to-test
 
 # PYTHON is the first of these that really runs (a pyenv shim may not), in range, best with pip.
 PYTHONS := python3.11 python3.12 python3.13 python3
@@ -26,7 +27,7 @@ help: ## list these commands
 train: $(READY) ## train with CONFIG (configs/laptop_chain.yaml); more in ARGS="--set seed=1"
 	@$(BIN)/python -m spo_jax.train --config $(CONFIG) $(ARGS)
 
-test: $(READY) ## run all tests, or a choice: ARGS="tests/test_losses.py -k clip"
+test: $(READY_TO_TEST) ## run all tests, or a choice: ARGS="tests/test_losses.py -k clip"
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(READY) ## ruff and mypy
@@ -35,11 +36,19 @@ lint: $(READY) ## ruff and mypy
 lock: $(READY) ## resolve pyproject.toml into requirements.txt again (ARGS=--upgrade for news)
 	@$(BIN)/pip install -q --disable-pip-version-check uv
 	@$(BIN)/uv pip compile -q --python-version 3.11 --extra test --extra lint --no-annotate \
-	  --custom-compile-command "make lock" $(ARGS) pyproject.toml -o requirements.txt
+	  --extra math --custom-compile-command "make lock" $(ARGS) pyproject.toml -o requirements.txt
+	@$(BIN)/uv pip compile -q --python-version 3.11 --extra parity --no-annotate \
+	  -c requirements.txt --custom-compile-command "make lock" $(ARGS) pyproject.toml \
+	  | grep -vxFf requirements.txt | sed "s,+cpu,," > requirements-parity.txt
 
 clean: ## remove .venv, caches and build output; runs/ stays
 	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY_TO_TEST): $(READY) requirements-parity.txt
+	@echo "Installing requirements-parity.txt (torch, to compare with)" >&2
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-parity.txt
+	@touch $@
 
 $(READY): requirements.txt pyproject.toml
 	@$(BIN)/python -c '$(IN_RANGE)' 2>/dev/null || { python='$(PYTHON)'; \

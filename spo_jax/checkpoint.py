@@ -46,6 +46,10 @@ class Checkpoints:
     """Step of the newest complete checkpoint."""
     return self._manager.latest_step()
 
+  def steps(self) -> list[int]:
+    """Steps of all complete checkpoints."""
+    return list(self._manager.all_steps())
+
   def save(
     self, step: int, state: State, counters: dict[str, Any], edges: Edges | None = None
   ) -> None:

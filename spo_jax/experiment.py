@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from spo_jax import evaluate, model, tokenizer
-from spo_jax.config import Config, ModelConfig
+from spo_jax import hf, model, prompts, stops, tokenizer, validation
+from spo_jax.config import Config, ModelConfig, check_context, config_at
 from spo_jax.layout import behind_prompts, select
 from spo_jax.rollouts import Engine
 from spo_jax.structs import Prompts, Samples, Sampling
 from spo_jax.tasks import Problem, Task, load_task, question_order
+
+# Larger splits are generated on demand: only their first problems are looked at beforehand.
+_LISTED = 2**22
+_CHECKED = 512
+_TOKENIZER_TEXTS = 20_000  # of which a tokenizer for a new model is trained
 
 
 class Purpose(enum.IntEnum):
@@ -36,11 +42,17 @@ class Purpose(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Experiment:
+  """See `build`. `left_out` counts questions per reason, filled as splits are first used."""
+
   config: Config
   model_config: ModelConfig
   task: Task
   tokenizer: Any
+  template: str
   engine: Engine
+  left_out: dict[str, int] = field(default_factory=dict)
+  _splits: dict[str, Sequence[Problem]] = field(default_factory=dict)
+  _held_out: dict[tuple[str, int], Prompts] = field(default_factory=dict)
 
   def key(self, purpose: Purpose, count: int = 0) -> jax.Array:
     key = jax.random.fold_in(jax.random.key(self.config.seed), int(purpose))
@@ -49,67 +61,133 @@ class Experiment:
   def rng(self, purpose: Purpose, count: int = 0) -> np.random.Generator:
     return np.random.default_rng([self.config.seed, int(purpose), count])
 
+  def at(self, iteration: int) -> Experiment:
+    """This experiment in one iteration; the engine and what it counts are shared."""
+    config = config_at(self.config, iteration)
+    self.engine.response_tokens = config.rollout.max_response_tokens
+    return dataclasses.replace(self, config=config)
+
   def init_params(self) -> model.Params:
+    """Float32 parameters to start from: those of model.path, or fresh ones."""
+    if self.config.model.path:
+      return hf.load_pretrained(self.config.model.path, dtype=jnp.float32)[1]
     return model.init_params(self.model_config, self.key(Purpose.INIT))
+
+  def split(self, name: str) -> Sequence[Problem]:
+    """The problems of a split whose prompts fit into rollout.max_prompt_tokens."""
+    if name not in self._splits:
+      problems = self.task.split(name)
+      if len(problems) <= _LISTED:
+        limit = self.config.rollout.max_prompt_tokens
+        fits = [len(ids) <= limit for ids in self._token_ids(problems)]
+        problems = self._keep(problems, fits, f"{name} questions of more than {limit} tokens")
+      self._splits[name] = problems
+    return self._splits[name]
+
+  def _demonstrated(self) -> Sequence[Problem]:
+    """The training problems with a demonstration that fits into a response."""
+    if "demonstrated" not in self._splits:
+      problems = self.split("train")
+      if len(problems) <= _LISTED:
+        room = self.config.rollout.max_response_tokens
+        texts = [problem.demonstration or "" for problem in problems]
+        lengths = [len(ids) for ids in self._demonstration_ids(texts)]
+        fits = [0 < length < room for length in lengths]
+        problems = self._keep(problems, fits, f"demonstrations of none or {room}+ tokens")
+      self._splits["demonstrated"] = problems
+    return self._splits["demonstrated"]
+
+  def _keep(self, problems: Sequence[Problem], fits: list[bool], what: str) -> Sequence[Problem]:
+    if not any(fits):
+      raise ValueError(
+        f"task.name={self.config.task.name}: all {len(fits)} are {what}. Raise "
+        "rollout.max_prompt_tokens or rollout.max_response_tokens."
+      )
+    self.left_out[what] = len(fits) - sum(fits)
+    return [problem for problem, kept in zip(problems, fits, strict=True) if kept]
 
   def questions(self, cursor: int, count: int) -> Prompts:
     """The training questions at positions cursor .. cursor + count - 1 of the seeded order."""
-    problems = self.task.split("train")
+    problems = self.split("train")
     order = question_order(len(problems), self.config.seed, cursor, count)
     return self._prompts([problems[int(i)] for i in order])
 
   def held_out(self, split: str, count: int) -> Prompts:
     """The first `count` problems of a split, the same at every evaluation."""
-    problems = self.task.split(split)
-    return self._prompts([problems[i] for i in range(min(count, len(problems)))])
+    if (split, count) not in self._held_out:
+      problems = self.split(split)
+      rows = [problems[i] for i in range(min(count, len(problems)))]
+      self._held_out[split, count] = self._prompts(rows)
+    return self._held_out[split, count]
 
   def demonstrations(self, cursor: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Training rows of the warm start: tokens, is_token and the mask of the response."""
-    problems = self.task.split("train")
+    problems = self._demonstrated()
     order = question_order(
       len(problems), self.config.seed + int(Purpose.DEMONSTRATE), cursor, count
     )
-    prompts = self._prompts([problems[int(i)] for i in order])
-    texts = [str(problem.demonstration) for problem in prompts.problems]
+    questions = self._prompts([problems[int(i)] for i in order])
     end = self.engine.sampling.end_ids[0]
+    texts = [str(problem.demonstration) for problem in questions.problems]
+    rows = [[*ids, end] for ids in self._demonstration_ids(texts)]
     room = self.config.rollout.max_response_tokens
-    tokens, lengths = tokenizer.encode_prompts(self.tokenizer, texts, room - 1)
-    tokens = np.pad(tokens, ((0, 0), (0, 1)))
-    tokens[np.arange(count), lengths] = end
-    return behind_prompts(prompts, np.arange(count), tokens, lengths + 1)
+    if (longest := max(map(len, rows))) > room:
+      raise ValueError(
+        f"a demonstration has {longest} tokens with its end, rollout.max_response_tokens={room} "
+        f"cannot hold it. Raise it to {longest}."
+      )
+    lengths = np.array([len(row) for row in rows], np.int32)
+    tokens = np.array([row + [end] * (room - len(row)) for row in rows], np.int32)
+    return behind_prompts(questions, np.arange(count), tokens, lengths)
 
   def test_accuracies(
     self, params: model.Params, count: int
   ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Held-out figures, and a few sampled texts with their rewards."""
-    prompts = self.held_out("test", count)
+    questions = self.held_out("test", count)
     settings = self.config.eval
-    figures, sampled = evaluate.accuracies(
-      self.engine, params, prompts, settings.temperature, settings.top_p,
+    figures, sampled = validation.accuracies(
+      self.engine, params, questions, settings.temperature, settings.top_p,
       self.key(Purpose.EVALUATE),
     )  # fmt: skip
     shown = select(sampled, slice(settings.texts))
-    return figures, evaluate.texts(prompts, shown, self._decode(shown.samples))
+    return figures, validation.texts(questions, shown, self.decode(shown.samples))
 
   def dev_accuracy(self, params: model.Params, count: int) -> float:
     """Sampled accuracy on the validation split."""
     settings = self.config.eval
-    responses = evaluate.respond(
+    responses = validation.respond(
       self.engine, params, self.held_out("validation", count), settings.temperature,
       settings.top_p, self.key(Purpose.EVALUATE),
     )  # fmt: skip
-    return evaluate.accuracy(responses)
+    return validation.accuracy(responses)
+
+  def decode(self, samples: Samples) -> list[str]:
+    """Text of each response, without its end."""
+    return tokenizer.decode_responses(
+      self.tokenizer, samples.tokens, samples.lengths, self.engine.sampling.end_ids,
+      self.config.rollout.stop,
+    )  # fmt: skip
 
   def _prompts(self, problems: Sequence[Problem]) -> Prompts:
-    tokens, lengths = tokenizer.encode_prompts(
-      self.tokenizer, [p.prompt for p in problems], self.config.rollout.max_prompt_tokens
-    )
+    tokens, lengths = prompts.encode(
+      self.tokenizer, self.template, [p.prompt for p in problems],
+      self.config.rollout.max_prompt_tokens,
+    )  # fmt: skip
+    # Tokenizers may know more tokens than the model; only their use is a mistake.
+    if (highest := int(tokens.max(initial=0))) >= self.model_config.vocab_size:
+      raise ValueError(
+        f"model.path={self.config.model.path}: a prompt holds token {highest} of its tokenizer, its "
+        f"model has {self.model_config.vocab_size}. Take the tokenizer that belongs to the model."
+      )
     uids = np.array([p.uid for p in problems], np.int64)
     return Prompts(tokens, lengths, uids, tuple(problems))
 
-  def _decode(self, samples: Samples) -> list[str]:
-    ends = self.engine.sampling.end_ids
-    return tokenizer.decode_responses(self.tokenizer, samples.tokens, samples.lengths, ends)
+  def _token_ids(self, problems: Sequence[Problem]) -> list[list[int]]:
+    return prompts.token_ids(self.tokenizer, self.template, [p.prompt for p in problems])
+
+  def _demonstration_ids(self, texts: list[str]) -> list[list[int]]:
+    return tokenizer.token_ids(self.tokenizer, texts, add_special_tokens=False)
 
 
 def build(config: Config) -> Experiment:
@@ -118,58 +196,69 @@ def build(config: Config) -> Experiment:
   Raises:
     ValueError: one line, where task, tokenizer and configuration do not fit together.
   """
-  task = load_task(
-    config.task.name, config.task.path, config.task.operations, config.task.unfinished_penalty,
-    config.seed,
-  )  # fmt: skip
-  if task.charset is None:
-    raise ValueError(f"task.name={config.task.name} needs a tokenizer; set model.path.")
-  if config.model.path:
-    raise ValueError(f"model.path={config.model.path}: only new models can be trained so far. "
-                     "Set model.path=null.")  # fmt: skip
-  tokens = tokenizer.character_tokenizer(task.charset)
-  if config.model.vocab_size not in (0, len(tokens)):
-    raise ValueError(f"model.vocab_size={config.model.vocab_size}, but the tokenizer has "
-                     f"{len(tokens)} tokens. Set model.vocab_size=0.")  # fmt: skip
-  model_config = dataclasses.replace(config.model, vocab_size=len(tokens))
-  ends = tokenizer.eos_ids(tokens)
-  rollout = config.rollout
+  task = load_task(config.task, config.seed)
+  tokens = _load_tokenizer(config, task)
+  model_config = _model_config(config, tokens)
+  path, rollout = config.model.path, config.rollout
+  ends = hf.end_ids(path, tokens) if path else tokenizer.eos_ids(tokens)
 
   def grade(
     problems: Sequence[Problem], rows: np.ndarray, lengths: np.ndarray, finished: np.ndarray
   ) -> np.ndarray:
-    responses = tokenizer.decode_responses(tokens, rows, lengths, ends)
-    graded = zip(problems, responses, finished.tolist(), strict=True)
-    return np.array([task.grade(*row).reward for row in graded], np.float32)
+    responses = tokenizer.decode_responses(tokens, rows, lengths, ends, rollout.stop)
+    graded = task.grade_many(problems, responses, finished.tolist())
+    return np.array([grade.reward for grade in graded], np.float32)
 
   sampling = Sampling(
     temperature=rollout.temperature,
     top_p=rollout.top_p,
     end_ids=ends,
-    pad_id=int(tokens.pad_token_id),
+    pad_id=int(ends[0] if tokens.pad_token_id is None else tokens.pad_token_id),
     top_k=rollout.top_k,
     truncate=rollout.top_p < 1 or rollout.top_k > 0,
+    stop_table=stops.table(tokens, rollout.stop, model_config.vocab_size) if rollout.stop else None,
   )
   engine = Engine(model_config, sampling, rollout.rows, rollout.max_response_tokens, grade)
-  experiment = Experiment(config, model_config, task, tokens, engine)
+  template = task.prompt if config.task.prompt == "default" else config.task.prompt
+  experiment = Experiment(config, model_config, task, tokens, template, engine)
   _check_lengths(experiment)
   return experiment
 
 
-_CHECKED = 512  # problems of a split, so that what does not fit is said before any compute
+def _load_tokenizer(config: Config, task: Task) -> Any:
+  """That of model.path; for a new model one of the task's characters, or a BPE of its texts."""
+  if config.model.path:
+    return tokenizer.load_tokenizer(config.model.path)
+  if task.charset is not None:
+    return tokenizer.character_tokenizer(task.charset)
+  return tokenizer.bpe_tokenizer(_texts(task.split("train")), config.model.tokenizer_tokens)
+
+
+def _texts(problems: Sequence[Problem]) -> Iterator[str]:
+  for i in range(min(len(problems), _TOKENIZER_TEXTS)):
+    yield f"{problems[i].prompt}\n{problems[i].demonstration or ''}"
+
+
+def _model_config(config: Config, tokens: Any) -> ModelConfig:
+  if config.model.path:
+    stored = hf.read_config(config.model.path)
+    check_context(config_at(config, config.train.iterations), stored.max_position)
+    return dataclasses.replace(stored, compute_dtype=config.model.compute_dtype)
+  if config.model.vocab_size not in (0, len(tokens)):
+    raise ValueError(
+      f"model.vocab_size={config.model.vocab_size}, but the tokenizer has {len(tokens)} tokens. "
+      "Set model.vocab_size=0."
+    )
+  return dataclasses.replace(config.model, vocab_size=len(tokens))
 
 
 def _check_lengths(experiment: Experiment) -> None:
   """Raises ValueError for prompts and demonstrations that are longer than their rows."""
   config = experiment.config
   experiment.held_out("test", min(config.eval.problems, _CHECKED))
-  problems = experiment.questions(cursor=0, count=_CHECKED).problems
+  experiment.questions(cursor=0, count=_CHECKED)
+  if config.sft.max_steps or config.eval.validation_problems:
+    wanted = max(config.sft.check_problems, config.eval.validation_problems)
+    experiment.held_out("validation", min(wanted, _CHECKED))
   if config.sft.max_steps:
-    experiment.held_out("validation", min(config.sft.check_problems, _CHECKED))
-    texts = [str(problem.demonstration) for problem in problems]
-    longest = 1 + max(map(len, experiment.tokenizer(texts)["input_ids"]))
-    if longest > config.rollout.max_response_tokens:
-      raise ValueError(
-        f"a demonstration has {longest} tokens with its end, rollout.max_response_tokens="
-        f"{config.rollout.max_response_tokens} cannot hold it. Raise it to {longest}."
-      )
+    experiment.demonstrations(cursor=0, count=_CHECKED)

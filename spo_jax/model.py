@@ -1,4 +1,4 @@
-"""Decoder family as one Flax linen module: Llama, Qwen2 and Qwen3 by its config.
+"""Decoder family as one Flax linen module: Llama, Mistral, Qwen2 and Qwen3 by its config.
 
 Submodules are named as Hugging Face names them, so loading weights is a path rewrite
 and a transpose. The key/value cache is an explicit struct, because rollouts fork it.
@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
-from spo_jax.config import ModelConfig
+from spo_jax.config import ConfigError, ModelConfig
 from spo_jax.structs import KVCache
 
 Params = Any  # nested dict of arrays
@@ -34,14 +35,39 @@ class RMSNorm(nn.Module):
     return (x32 * scale * weight).astype(x.dtype)
 
 
-def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+def inverse_frequencies(config: ModelConfig) -> np.ndarray:
+  """Radians per position of every pair of channels, f32[H / 2], as transformers computes them.
+
+  `linear` slows all of them by the factor. `llama3` slows those that turn fewer than
+  low_freq_factor times in the original context, keeps those that turn more than
+  high_freq_factor times, and blends in between (arXiv:2407.21783).
+  """
+  width = head_width(config)
+  exponent = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+  frequency = np.float32(1) / np.float32(config.rope_theta) ** exponent
+  scaling = config.rope_scaling
+  if scaling.kind == "none":
+    return frequency
+  slowed = frequency / np.float32(scaling.factor)
+  if scaling.kind == "linear":
+    return slowed
+  if scaling.kind != "llama3":
+    raise ConfigError(
+      f"model.rope_scaling.kind={scaling.kind} is not one of none, linear, llama3."
+    )
+  low, high = scaling.low_freq_factor, scaling.high_freq_factor
+  turns = scaling.original_max_position * frequency / np.float32(2 * np.pi)
+  kept = np.clip((turns - low) / (high - low), 0, 1)
+  return ((1 - kept) * slowed + kept * frequency).astype(np.float32)
+
+
+def rotate(x: jax.Array, positions: jax.Array, frequency: np.ndarray) -> jax.Array:
   """Rotary position embedding, the two-halves form of Llama (arXiv:2104.09864).
 
   Args:
-    x: [B, T, heads, H]; positions: i32[B, T]. Returns x turned, in its dtype.
+    x: [B, T, heads, H]; positions: i32[B, T]; frequency: f32[H / 2], radians per position.
+  Returns: x turned, in its dtype.
   """
-  half = x.shape[-1] // 2
-  frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angle = positions[..., None, None].astype(jnp.float32) * frequency
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -94,7 +120,8 @@ class Attention(nn.Module):
     v = project(c.num_kv_heads, "v_proj")
     if c.qk_norm:
       q, k = RMSNorm(c.norm_eps, name="q_norm")(q), RMSNorm(c.norm_eps, name="k_norm")(k)
-    q, k = rotate(q, positions, c.rope_theta), rotate(k, positions, c.rope_theta)
+    frequency = inverse_frequencies(c)
+    q, k = rotate(q, positions, frequency), rotate(k, positions, frequency)
     if past is None:
       keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
     else:
@@ -102,7 +129,7 @@ class Attention(nn.Module):
       rows = jnp.arange(x.shape[0])[:, None]
       keys, values = (old.at[rows, :, positions].set(new) for old, new in zip(past, (k, v)))
     out = attend(q, keys, values, mask).reshape(*x.shape[:-1], -1)
-    return _dense(c.hidden_size, "o_proj", out), (keys, values)
+    return _dense(c.hidden_size, "o_proj", out, use_bias=c.o_bias), (keys, values)
 
 
 class MLP(nn.Module):
@@ -112,9 +139,10 @@ class MLP(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    gate = nn.silu(_dense(self.config.intermediate_size, "gate_proj", x))
-    up = _dense(self.config.intermediate_size, "up_proj", x)
-    return _dense(self.config.hidden_size, "down_proj", gate * up)
+    c = self.config
+    gate = nn.silu(_dense(c.intermediate_size, "gate_proj", x, use_bias=c.mlp_bias))
+    up = _dense(c.intermediate_size, "up_proj", x, use_bias=c.mlp_bias)
+    return _dense(c.hidden_size, "down_proj", gate * up, use_bias=c.mlp_bias)
 
 
 class DecoderLayer(nn.Module):

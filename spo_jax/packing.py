@@ -120,7 +120,15 @@ class EdgeBuffer:
     return 0 if self.edges is None else len(self.edges.start)
 
   def add(self, edges: Edges) -> None:
-    self.edges = edges if self.edges is None else concatenate([self.edges, edges])
+    """Edges of one iteration; rows may grow wider from one to the next, never narrower."""
+    if self.edges is None:
+      self.edges = edges
+      return
+    more = ((0, 0), (0, edges.tokens.shape[1] - self.edges.tokens.shape[1]))
+    waiting = self.edges.replace(
+      tokens=np.pad(self.edges.tokens, more), logprobs=np.pad(self.edges.logprobs, more)
+    )
+    self.edges = concatenate([waiting, edges])
 
   def draw(
     self, count: int, iteration: int, rng: np.random.Generator, repeat: bool = False

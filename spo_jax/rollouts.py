@@ -21,6 +21,7 @@ from spo_jax.config import ModelConfig
 from spo_jax.layout import before, concatenate, fill, join, select, unsampled
 from spo_jax.model import Params
 from spo_jax.segments import cutpoint_segments, segment_starts
+from spo_jax.stops import prefix_states
 from spo_jax.structs import KVCache, Prompts, RolloutTree, Samples, Sampling, Trajectories
 
 # (problems, response tokens i32[B, T], lengths i32[B], finished bool[B]) -> rewards f32[B]
@@ -62,7 +63,6 @@ class Engine:
   def prefill(self, params: Params, tokens: np.ndarray, lengths: np.ndarray) -> KVCache:
     """Encodes prompts i32[P, Lp]; rows of length 0 are fillers of the fixed shape."""
     self.counts["prefilled"] += int(lengths.sum())
-    self.counts["unique"] += int(lengths.sum())
     slots = tokens.shape[1] + self.response_tokens
     return sampler.prefill(self.config, params, tokens, np.maximum(lengths, 1), slots=slots)
 
@@ -73,6 +73,7 @@ class Engine:
     parent: np.ndarray,
     prefix: np.ndarray,
     token: np.ndarray,
+    stop_state: np.ndarray,
     key: jax.Array,
     ids: np.ndarray,
     limit: np.ndarray,
@@ -82,17 +83,24 @@ class Engine:
     """`sampler.grow`, still on the device; `fetch` brings the samples over."""
     return sampler.grow(
       self.config, params, cache, parent.astype(np.int32), prefix.astype(np.int32),
-      token.astype(np.int32), key, ids.astype(np.int32), limit.astype(np.int32), self.sampling,
-      max_tokens=max_tokens, keep_cache=keep_cache,
+      token.astype(np.int32), stop_state.astype(np.int32), key, ids.astype(np.int32),
+      limit.astype(np.int32), self.sampling, max_tokens=max_tokens, keep_cache=keep_cache,
     )  # fmt: skip
 
   def fetch(self, samples: Samples, steps: jax.Array) -> Samples:
     """Host copy of what was sampled, counted."""
     on_host, steps = jax.device_get((samples, steps))
     self.counts["decoded"] += int(on_host.lengths.sum())
-    self.counts["unique"] += int(on_host.lengths.sum())
     self.counts["slot_steps"] += int(steps) * len(on_host.lengths)
     return on_host
+
+  def count_unique(self, *lengths: np.ndarray) -> None:
+    """Counts tokens that a rollout is made of: each prompt and each drawn token once.
+
+    They are taken from what a rollout returns. `prefilled` and `decoded` count the work that
+    was done, so a prompt encoded or a prefix decoded again shows in the ratio of the two.
+    """
+    self.counts["unique"] += sum(int(x.sum()) for x in lengths)
 
 
 @program(static_argnames=("interval", "max_segments"))
@@ -112,7 +120,10 @@ def flat(
   key: jax.Array,
   score: Score | None = None,
 ) -> Trajectories:
-  """`samples` responses per question, one segment each (GRPO, RLOO, evaluation)."""
+  """`samples` responses per question, one segment each (GRPO, RLOO, evaluation).
+
+  Raises: ValueError where `engine.rows` does not hold the samples of one question.
+  """
   parts = []
   for prompt, response, _ in _respond(engine, params, prompts, samples, key, score):
     parts.append(
@@ -124,7 +135,9 @@ def flat(
         values=np.zeros((len(prompt), 1), np.float32),
       )
     )
-  return concatenate(parts)
+  taken = concatenate(parts)
+  engine.count_unique(prompts.lengths, taken.samples.lengths)
+  return taken
 
 
 def chain(
@@ -143,6 +156,8 @@ def chain(
   V(s_b) is the mean reward of `continuations` fresh rollouts from s_b; identical prefixes
   are estimated once; behind the last segment stands the response's own reward
   (SPO-chain, arXiv:2505.23564).
+
+  Raises: ValueError where `engine.rows` does not hold the samples of one question.
   """
   own_key, continue_key = jax.random.split(key)
   max_segments = -(-engine.response_tokens // interval)
@@ -169,7 +184,9 @@ def chain(
         values=values,
       )
     )
-  return concatenate(parts)
+  taken = concatenate(parts)
+  engine.count_unique(prompts.lengths, taken.samples.lengths)
+  return taken
 
 
 def tree(
@@ -183,15 +200,28 @@ def tree(
   """Trees of fixed-length segments; a node that ends early is a leaf, the last level runs free.
 
   As many whole trees as `engine.rows` holds grow at once (SPO-tree, arXiv:2505.23564).
+
+  Raises: ValueError where `engine.rows` does not hold the leaves of one.
   """
-  at_once = engine.rows // int(np.prod(branch_factors))
+  at_once = _groups_at_once(engine, int(np.prod(branch_factors)), "leaves of a tree")
   parts = []
   for first in range(0, len(prompts.lengths), at_once):
     rows = np.arange(first, min(first + at_once, len(prompts.lengths)))
     parts.append(
       _grow_trees(engine, params, prompts, rows, at_once, branch_factors, segment_tokens, key)
     )
-  return concatenate(parts)
+  taken = concatenate(parts)
+  own = (lengths[valid] for lengths, valid in zip(taken.lengths, taken.valid))
+  engine.count_unique(prompts.lengths, *own)
+  return taken
+
+
+def _groups_at_once(engine: Engine, group: int, what: str) -> int:
+  """How many questions grow at once when each takes `group` rows."""
+  if group > engine.rows:
+    raise ValueError(f"rollout.rows={engine.rows} cannot hold the {group} {what}. Raise "
+                     f"rollout.rows to {group}.")  # fmt: skip
+  return engine.rows // group
 
 
 def _respond(
@@ -203,7 +233,7 @@ def _respond(
   score: Score | None,
 ) -> Iterator[tuple[np.ndarray, Samples, KVCache]]:
   """Chunks of whole groups: (prompt row i[B], samples, their cache rows on the device)."""
-  at_once = engine.rows // samples
+  at_once = _groups_at_once(engine, samples, "samples of a question")
   for first in range(0, len(prompts.lengths), at_once):
     questions = np.arange(first, min(first + at_once, len(prompts.lengths)))
     tokens, lengths = _take(prompts, questions, at_once)
@@ -213,7 +243,8 @@ def _respond(
     prefix = np.maximum(lengths, 1)[parent]
     drawn, cache, steps = engine.grow(
       params, engine.prefill(params, tokens, lengths), parent, prefix, tokens[parent, prefix - 1],
-      key, ids, is_real * engine.response_tokens, engine.response_tokens, keep_cache=True,
+      np.zeros(len(parent)), key, ids, is_real * engine.response_tokens, engine.response_tokens,
+      keep_cache=True,
     )  # fmt: skip
     response = select(engine.fetch(drawn, steps), is_real)
     prompt = questions[parent[is_real]]
@@ -259,6 +290,7 @@ def _continue(
   prefix = prompts.lengths[prompt[row]] + start
   last_of_prompt = prompts.tokens[prompt[row], prompts.lengths[prompt[row]] - 1]
   token = np.where(start > 0, response.tokens[row, start - 1], last_of_prompt)
+  stop_state = prefix_states(engine.sampling.stop_table, response.tokens)[row, start]
   limit = engine.response_tokens - start
 
   drawn = []
@@ -266,8 +298,8 @@ def _continue(
     part = slice(begin, begin + engine.rows)
     samples, _, steps = engine.grow(
       params, cache, fill(row[part], engine.rows), fill(prefix[part], engine.rows, 1),
-      fill(token[part], engine.rows), key, fill(ids[part], engine.rows),
-      fill(limit[part], engine.rows), engine.response_tokens,
+      fill(token[part], engine.rows), fill(stop_state[part], engine.rows), key,
+      fill(ids[part], engine.rows), fill(limit[part], engine.rows), engine.response_tokens,
     )  # fmt: skip
     drawn.append((part, samples, steps))
 
@@ -276,6 +308,7 @@ def _continue(
     fetched = select(engine.fetch(samples, steps), slice(len(row[part])))
     whole = join(response.tokens[row[part]], start[part], fetched)
     rewards[part] = engine.grade(prompts, prompt[row[part]], whole)
+    engine.count_unique(whole.lengths - start[part])
   total = np.bincount(source, rewards, len(row) // continuations)
   return (total / continuations).astype(np.float32)
 
@@ -295,6 +328,7 @@ def _grow_trees(
   cache = engine.prefill(params, tokens, lengths)
   prefix = np.maximum(lengths, 1)
   token = tokens[np.arange(at_once), prefix - 1]
+  stop_state = np.zeros(at_once, np.int32)
   alive = np.arange(at_once) < len(questions)
   # The whole response down to each node of the level above.
   path = unsampled(at_once, engine.response_tokens)
@@ -309,8 +343,8 @@ def _grow_trees(
     # A node's key is its place in its own tree and the question's place in the iteration.
     ids = questions[0] * nodes + np.arange(len(parent))
     drawn, cache, steps = engine.grow(
-      params, cache, parent, prefix[parent], token[parent], jax.random.fold_in(key, depth), ids,
-      valid * max_tokens, max_tokens, keep_cache=not is_last,
+      params, cache, parent, prefix[parent], token[parent], stop_state[parent],
+      jax.random.fold_in(key, depth), ids, valid * max_tokens, max_tokens, keep_cache=not is_last,
     )  # fmt: skip
     own = engine.fetch(drawn, steps)
     path = join(path.tokens[parent], path.lengths[parent], own)
@@ -320,7 +354,10 @@ def _grow_trees(
     rewards[graded] = engine.grade(prompts, prompt[graded], select(path, graded))
     levels.append((own.tokens, own.logprobs, own.lengths, own.finished, valid, rewards))
     prefix = prefix[parent] + own.lengths
-    token = own.tokens[np.arange(len(parent)), np.maximum(own.lengths, 1) - 1]
+    nodes_of_level = np.arange(len(parent))
+    token = own.tokens[nodes_of_level, np.maximum(own.lengths, 1) - 1]
+    stop_states = prefix_states(engine.sampling.stop_table, own.tokens, stop_state[parent])
+    stop_state = stop_states[nodes_of_level, own.lengths]
     alive = valid & ~own.finished
 
   def by_tree(x: np.ndarray) -> np.ndarray:

@@ -8,15 +8,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from spo_jax import runlog
+from spo_jax import hf, model, runlog
 from spo_jax.checkpoint import Checkpoints
 from spo_jax.compiles import CompileCount
 from spo_jax.experiment import Experiment
 from spo_jax.model import Params
 from spo_jax.packing import EdgeBuffer
-from spo_jax.sft import warm_start
+from spo_jax.structs import TrainState
 from spo_jax.update import init_state, make_optimizer
+from spo_jax.warm_start import warm_start
+
+_VALIDATION = "eval/validation_accuracy"
 
 
 class Clock:
@@ -30,6 +34,18 @@ class Clock:
     now = time.perf_counter()
     self.laps[name] = now - self._last
     self._last = now
+
+
+def state_template(
+  experiment: Experiment, optimizer: optax.GradientTransformation
+) -> TrainState:
+  """Shapes, dtypes and placement of a train state, without its values."""
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  shapes = jax.eval_shape(
+    lambda key: init_state(model.init_params(experiment.model_config, key), optimizer),
+    jax.random.key(0),
+  )
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
 
 
 class Run:
@@ -69,7 +85,7 @@ class Run:
 
   def _restore(self) -> None:
     self.log.resume_at(self.iteration)
-    template = init_state(self.experiment.init_params(), self.optimizer)
+    template = state_template(self.experiment, self.optimizer)
     self.state, counters, self.buffer.edges = self._checkpoints.restore(self.iteration, template)
     self.compiles.programs |= set(counters["programs"])
     self._totals = counters["totals"]
@@ -94,6 +110,7 @@ class Run:
     if iteration:
       counts, clock.laps["time/grade_s"] = engine.take_counts()
       record |= {f"tokens/{name}": count for name, count in counts.items()}
+      record |= {f"grade/{name}": count for name, count in self.experiment.task.counters().items()}
       self._totals["tokens"] += counts["prefilled"] + counts["decoded"] + record["tokens/trained"]
     if iteration % config.eval.every == 0 or is_last:
       accuracies, texts = self.experiment.test_accuracies(
@@ -101,6 +118,8 @@ class Run:
       )
       record |= {f"eval/{name}": value for name, value in accuracies.items()}
       self.log.log_samples(iteration, texts)
+      if config.eval.validation_problems:
+        record[_VALIDATION] = self._keep_best(iteration)
       clock.lap("time/eval_s")
     record |= {"compile/count": len(self.compiles.programs), **clock.laps}
     self.log.log(iteration, record)
@@ -109,6 +128,33 @@ class Run:
       counters = {"programs": sorted(self.compiles.programs), "totals": self._totals}
       self._checkpoints.save(iteration, self.state, counters, self.buffer.edges)
     return record
+
+  def _keep_best(self, iteration: int) -> float:
+    """Validation accuracy of the policy, which is saved where none before it was better."""
+    count = self.experiment.config.eval.validation_problems
+    accuracy = self.experiment.dev_accuracy(self.state.params, count)
+    earlier = [r[_VALIDATION] for r in runlog.read_metrics(self.run_dir) if _VALIDATION in r]
+    if all(accuracy > other for other in earlier):
+      with Checkpoints(self._best_dir, keep=1) as checkpoints:
+        # A run killed behind this point repeats it, bit by bit.
+        if iteration not in checkpoints.steps():
+          checkpoints.save(iteration, self.state.params, {"validation_accuracy": accuracy})
+    return accuracy
+
+  def _best(self) -> tuple[Params, dict[str, Any]]:
+    """The policy to hand out: the best by validation where it was measured, else the last."""
+    if not self.experiment.config.eval.validation_problems:
+      return self.state.params, {}
+    template = state_template(self.experiment, self.optimizer).params
+    with Checkpoints(self._best_dir, keep=1) as checkpoints:
+      step = checkpoints.latest()
+      assert step is not None
+      params, counters, _ = checkpoints.restore(step, template)
+    return params, {"best": {"iteration": step, **counters}}
+
+  @property
+  def _best_dir(self) -> Path:
+    return self.run_dir / "checkpoints" / "best"
 
   def _elapsed(self) -> float:
     """Seconds since this was last asked, or since the start."""
@@ -121,8 +167,13 @@ class Run:
     self._checkpoints.close()
 
   def close(self) -> dict[str, Any]:
-    """Waits for the last checkpoint, writes summary.json and returns it."""
+    """Waits for the last checkpoint, exports, writes summary.json and returns it."""
     self.wait()
+    params, best = self._best()
+    if self.experiment.config.checkpoint.export:
+      hf.save_pretrained(
+        self.run_dir / "model", self.experiment.model_config, params, self.experiment.tokenizer
+      )
     evaluated = [r for r in runlog.read_metrics(self.run_dir) if "eval/greedy_accuracy" in r]
     names = [name for _, name in runlog.ACCURACIES]
     summary = {
@@ -131,6 +182,7 @@ class Run:
       "iterations": self.iteration,
       "seconds": self._totals["seconds"] + self._elapsed(),
       "tokens": int(self._totals["tokens"]),
+      **best,
     }
     self.log.write_summary(summary)
     return summary

@@ -28,6 +28,7 @@ class Rows(struct.PyTreeNode):
 
   cache: KVCache
   token: jax.Array  # i32[B], the last token of the prefix, not in the cache
+  stop_state: jax.Array  # i32[B], see stops.py, of the response so far; 0 for none
   keys: jax.Array  # key[B], one per row
   limit: jax.Array  # i32[B], most tokens to sample; 0 for an idle row
 
@@ -35,6 +36,7 @@ class Rows(struct.PyTreeNode):
 class _Loop(struct.PyTreeNode):
   step: jax.Array
   token: jax.Array
+  stop_state: jax.Array
   cache: KVCache
   samples: Samples
 
@@ -75,13 +77,19 @@ def draw(keys: jax.Array, logits: jax.Array, sampling: Sampling) -> tuple[jax.Ar
 
 
 def truncate(logits: jax.Array, sampling: Sampling) -> jax.Array:
-  """-inf outside the top-k tokens and the smallest set of probability >= top_p."""
-  ordered = jnp.sort(logits, axis=-1, descending=True)
-  probs = jax.nn.softmax(ordered, axis=-1)
+  """-inf outside the top-k tokens and, among those, the smallest set of probability >= top_p.
+
+  As in transformers, top-p looks at the distribution that top-k has left; equal logits stay
+  or go together.
+  """
+  if sampling.top_k:  # k values instead of a sort of the whole vocabulary
+    ordered, _ = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))
+    logits = jnp.where(logits >= ordered[:, -1:], logits, -jnp.inf)
+  else:
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+  probs = jnp.exp(ordered - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
   above = jnp.cumsum(probs, axis=-1) - probs
   kept = (above < sampling.top_p) | (sampling.top_p >= 1)
-  if sampling.top_k:
-    kept &= jnp.arange(logits.shape[-1]) < sampling.top_k
   lowest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
   return jnp.where(logits >= lowest, logits, -jnp.inf)
 
@@ -89,7 +97,7 @@ def truncate(logits: jax.Array, sampling: Sampling) -> jax.Array:
 def decode(
   config: ModelConfig, params: model.Params, rows: Rows, sampling: Sampling, max_tokens: int
 ) -> tuple[Samples, KVCache, jax.Array]:
-  """Samples until every row has ended or reached its limit.
+  """Samples until every row has ended, by an end id or a stop string, or reached its limit.
 
   Args:
     max_tokens: T, width of the returned arrays; `rows.limit` must not exceed it.
@@ -98,6 +106,7 @@ def decode(
   """
   batch = rows.token.shape[0]
   end_ids = jnp.array(sampling.end_ids, jnp.int32)
+  stop_table = sampling.stop_table
 
   def active(samples: Samples) -> jax.Array:
     return ~samples.finished & (samples.lengths < rows.limit)
@@ -107,6 +116,10 @@ def decode(
     logits, cache = model.decode_step(config, params, loop.token, loop.cache)
     keys = jax.vmap(jax.random.fold_in, (0, None))(rows.keys, loop.step)
     token, logprob = draw(keys, logits, sampling)
+    is_end, stop_state = jnp.isin(token, end_ids), loop.stop_state
+    if stop_table is not None:
+      stop_state = stop_table[token, stop_state].astype(jnp.int32)
+      is_end |= stop_state == stop_table.shape[1] - 1
     column = (0, loop.step)
     old = loop.samples
     samples = Samples(
@@ -117,12 +130,14 @@ def decode(
         old.logprobs, jnp.where(live, logprob, 0.0)[:, None], column
       ),
       lengths=old.lengths + live,
-      finished=old.finished | (live & jnp.isin(token, end_ids)),
+      finished=old.finished | (live & is_end),
     )
     # A row that is done keeps its length: what it writes next lands behind its end.
     length = jnp.where(live, cache.length, loop.cache.length)
     cache, token = cache.replace(length=length), jnp.where(live, token, loop.token)
-    return _Loop(step=loop.step + 1, token=token, cache=cache, samples=samples)
+    return _Loop(
+      step=loop.step + 1, token=token, stop_state=stop_state, cache=cache, samples=samples
+    )
 
   start = Samples(
     tokens=jnp.full((batch, max_tokens), sampling.pad_id, jnp.int32),
@@ -133,7 +148,10 @@ def decode(
   end = jax.lax.while_loop(
     lambda loop: jnp.any(active(loop.samples)),
     body,
-    _Loop(step=jnp.int32(0), token=rows.token, cache=rows.cache, samples=start),
+    _Loop(
+      step=jnp.int32(0), token=rows.token, stop_state=rows.stop_state, cache=rows.cache,
+      samples=start,
+    ),
   )
   return end.samples, end.cache, end.step
 
@@ -154,6 +172,7 @@ def grow(
   parent: jax.Array,
   prefix: jax.Array,
   token: jax.Array,
+  stop_state: jax.Array,
   key: jax.Array,
   ids: jax.Array,
   limit: jax.Array,
@@ -166,11 +185,12 @@ def grow(
   Args:
     cache: rows to grow from; parent: i32[B], which of them; prefix: i32[B], tokens of
       context each new row starts with (at least 1); token: i32[B], the last of those.
+    stop_state: i32[B], where those of them that are response have left the stop strings.
     key, ids: row b draws with fold_in(key, ids[b]); limit: i32[B].
     keep_cache: whether the new rows will be grown from in turn.
   Returns: see `decode`.
   """
   forked = fork(cache, parent, prefix - 1)
-  rows = Rows(cache=forked, token=token, keys=row_keys(key, ids), limit=limit)
+  rows = Rows(forked, token, stop_state, row_keys(key, ids), limit)
   samples, cache, steps = decode(config, params, rows, sampling, max_tokens)
   return samples, cache if keep_cache else None, steps

@@ -42,6 +42,7 @@ class Sampling(struct.PyTreeNode):
   pad_id: int = struct.field(pytree_node=False)
   top_k: int = struct.field(pytree_node=False, default=0)  # 0: off
   truncate: bool = struct.field(pytree_node=False, default=False)  # top-p or top-k in use
+  stop_table: Array | None = None  # i16[V, states], see stops.py; None: no stop strings
 
 
 class Samples(struct.PyTreeNode):
@@ -49,8 +50,8 @@ class Samples(struct.PyTreeNode):
 
   tokens: Array  # i32[B, T], pad after the end
   logprobs: Array  # f32[B, T], 0 after the end
-  lengths: Array  # i32[B], the end-of-text token included
-  finished: Array  # bool[B], the row ended by an end-of-text token
+  lengths: Array  # i32[B], the end-of-text token or stop string included
+  finished: Array  # bool[B], the row ended by an end-of-text token or a stop string
 
 
 class Prompts(struct.PyTreeNode):

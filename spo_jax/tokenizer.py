@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,33 @@ if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, EOS = "<pad>", "<eos>"
+
+# Any of these makes a folder one with a tokenizer.
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
+  """The tokenizer of a local folder, else of a model on the Hugging Face hub.
+
+  Raises: ValueError, one line, where there is none or it cannot be read.
+  """
+  folder, name = Path(path_or_name), str(path_or_name)
+  if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
+    raise ValueError(f"{name}: there is no such folder. Name a folder that exists, or a model of "
+                     "the hub as owner/name.")
+  if folder.is_dir() and not any((folder / file).is_file() for file in _FILES):
+    raise ValueError(f"{name} holds no tokenizer ({', '.join(_FILES)}). Copy that of its base "
+                     "model there.")
+  _hush_transformers()
+  from transformers import AutoTokenizer
+
+  try:
+    return AutoTokenizer.from_pretrained(name)
+  except Exception as error:  # A broken file raises whatever its reader raises.
+    said = " ".join(str(error).split())[:200] or type(error).__name__
+    fix = ("Save the tokenizer there anew" if folder.is_dir() else
+           "Check the spelling and the network, or name a local folder")
+    raise ValueError(f"{name}: its tokenizer cannot be loaded. {fix}. ({said})") from error
 
 
 def character_tokenizer(charset: str) -> PreTrainedTokenizerFast:
@@ -24,17 +52,35 @@ def character_tokenizer(charset: str) -> PreTrainedTokenizerFast:
   """
   if not charset or len(set(charset)) != len(charset):
     raise ValueError(f"charset={charset!r} must name at least one character, and each only once")
-  # transformers otherwise prints at its import that torch, which nothing here needs, is missing.
-  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
   from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-  from transformers import PreTrainedTokenizerFast
 
   vocab = {token: i for i, token in enumerate((PAD, EOS, *charset))}
   backend = Tokenizer(models.WordLevel(vocab, unk_token=None))
   backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
   backend.decoder = decoders.Fuse()
-  return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=PAD, eos_token=EOS,
-                                 clean_up_tokenization_spaces=False)
+  return _wrapped(backend)
+
+
+def bpe_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+  """A byte-level BPE trained on `texts`, without a hub; the same texts give the same tokenizer.
+
+  Ids: 0 is `<pad>`, 1 is `<eos>`, then every byte, so that any text can be expressed, then
+  merges up to `size` tokens, fewer where the texts have no more pairs to merge.
+
+  Raises: ValueError where `size` does not hold every byte.
+  """
+  from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  if size < (smallest := len(alphabet) + 2):
+    raise ValueError(f"size={size} of a tokenizer holds {smallest - 2} bytes, {PAD} and {EOS} only "
+                     f"from {smallest} on. Raise it.")
+  backend = Tokenizer(models.BPE())
+  backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  backend.decoder = decoders.ByteLevel()
+  backend.train_from_iterator(texts, trainers.BpeTrainer(
+      vocab_size=size, special_tokens=[PAD, EOS], initial_alphabet=alphabet, show_progress=False))
+  return _wrapped(backend)
 
 
 def eos_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -45,18 +91,31 @@ def eos_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
   return (int(tokenizer.eos_token_id),)
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str],
-                   max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-  """Prompts as right-padded rows.
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str],
+              add_special_tokens: bool = True) -> list[list[int]]:
+  """Token ids of each text.
+
+  Args:
+    add_special_tokens: put the model's beginning-of-text token in front, where it has one. False
+      for text that already holds it, and for text that continues another.
+  Raises: ValueError for a character that is not expressible in the vocabulary.
+  """
+  try:
+    return (tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"]
+            if len(texts) else [])
+  except Exception as error:  # The Rust library raises plain Exception for an unknown token.
+    raise ValueError("a prompt holds a character for which the tokenizer has no token: is it the "
+                     f"tokenizer of this task? ({error})") from error
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int,
+                   add_special_tokens: bool = True) -> tuple[np.ndarray, np.ndarray]:
+  """Prompts as right-padded rows; see `token_ids`.
 
   Returns: tokens i32[B, max_tokens], lengths i32[B].
   Raises: ValueError for a prompt that is empty, too long or not expressible in the vocabulary.
   """
-  try:
-    rows = tokenizer(list(texts))["input_ids"] if len(texts) else []
-  except Exception as error:  # The Rust library raises plain Exception for an unknown token.
-    raise ValueError("a prompt holds a character for which the tokenizer has no token: is it the "
-                     f"tokenizer of this task? ({error})") from error
+  rows = token_ids(tokenizer, texts, add_special_tokens)
   lengths = np.array([len(row) for row in rows], np.int32)
   for i in np.flatnonzero(lengths > max_tokens)[:1]:
     raise ValueError(f"prompt {i} has {lengths[i]} tokens, rollout.max_prompt_tokens={max_tokens} "
@@ -71,12 +130,13 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str],
 
 
 def decode_responses(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray, lengths: np.ndarray,
-                     eos_ids: Collection[int]) -> list[str]:
-  """Text of each response, up to its length or its first end-of-text token.
+                     eos_ids: Collection[int], stops: Sequence[str] = ()) -> list[str]:
+  """Text of each response, up to its length, its first end-of-text token or stop string.
 
   Args:
     tokens: i32[B, T], right-padded.
     lengths: i32[B], tokens of each response, its end-of-text token included.
+    stops: the text is cut in front of the first of these.
   Returns: B strings.
   """
   tokens = np.asarray(tokens)
@@ -84,4 +144,25 @@ def decode_responses(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray, len
   ends = np.where(is_end.any(1), is_end.argmax(1), tokens.shape[1])
   rows = [row[:end] for row, end in zip(tokens.tolist(), ends.tolist(), strict=True)]
   # Special tokens inside a response stay visible: dropped, "#7<pad>5" would be graded as "#75".
-  return tokenizer.batch_decode(rows, skip_special_tokens=False) if rows else []
+  # Spaces stay as sampled: cleaned up, " ." and "." would be graded alike.
+  texts: list[str] = tokenizer.batch_decode(
+      rows, skip_special_tokens=False, clean_up_tokenization_spaces=False) if rows else []
+  return [_cut(text, stops) for text in texts]
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+  found = [at for stop in stops if (at := text.find(stop)) >= 0]
+  return text[:min(found)] if found else text
+
+
+def _wrapped(backend: object) -> PreTrainedTokenizerFast:
+  _hush_transformers()
+  from transformers import PreTrainedTokenizerFast
+
+  return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=PAD, eos_token=EOS,
+                                 clean_up_tokenization_spaces=False)
+
+
+def _hush_transformers() -> None:
+  """Otherwise it prints at its import that torch, which nothing here needs, is missing."""
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -10,6 +10,7 @@ One iteration (Segment Policy Optimization, arXiv:2505.23564, Algorithm 1):
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -42,9 +43,9 @@ def train(experiment: Experiment, run_dir: Path, log: runlog.RunLog) -> dict[str
       with runlog.progress(config.algorithm, config.train.iterations, run.iteration) as bar:
         for iteration in range(run.iteration + 1, config.train.iterations + 1):
           clock = Clock()
-          count = config.rollout.questions
-          prompts = experiment.questions(cursor=(iteration - 1) * count, count=count)
-          rows, figures = collect(experiment, run.state.params, prompts, iteration, run.buffer)
+          stage, count = experiment.at(iteration), config.rollout.questions
+          prompts = stage.questions(cursor=(iteration - 1) * count, count=count)
+          rows, figures = collect(stage, run.state.params, prompts, iteration, run.buffer)
           clock.lap("time/rollout_s")
           losses = learn(run, rows, iteration)
           clock.lap("time/update_s")
@@ -142,12 +143,15 @@ def plan(experiment: Experiment) -> str:
     f"tokens per level, {config.leaves} leaves",
   }.get(config.algorithm, f"{rollout.samples} responses each")
   devices = jax.devices()
+  skipped = {f"bad rows of {file}": count for file, count in experiment.task.skipped.items()}
+  left_out = {**skipped, **experiment.left_out}
   return "\n".join((
     f"spo_jax {__version__}, jax {jax.__version__}, device {devices[0].device_kind} "
     f"(1 of {len(devices)} used)",
-    f"model: {count_params(experiment.model_config):,} parameters, "
+    f"model: {config.model.path or 'new'}, {count_params(experiment.model_config):,} parameters, "
     f"vocabulary {experiment.model_config.vocab_size}",
     f"task: {config.task.name}; warm start: at most {config.sft.max_steps} steps",
+    *(f"left out: {count} {what}" for what, count in left_out.items() if count),
     f"{config.train.iterations} iterations of {rollout.questions} questions: {shape}",
     f"rollouts: {rollout.rows} rows at once, {config.row_tokens} tokens each",
     f"updates: {config.train.batch_rows} rows in micro-batches of "
@@ -158,10 +162,14 @@ def plan(experiment: Experiment) -> str:
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(
-    prog="python -m spo_jax.train", description="Train a policy with SPO-chain, SPO-tree, GRPO."
-  )
+def main(
+  arguments: Sequence[str] | None = None,
+  program: str = "train",
+  description: str = "Train a policy with SPO-chain, SPO-tree, GRPO or RLOO.",
+  overrides: Sequence[str] = (),
+) -> int:
+  """The command line; `overrides` are settings that the program itself stands for."""
+  parser = argparse.ArgumentParser(prog=f"python -m spo_jax.{program}", description=description)
   parser.add_argument("--config", type=Path, required=True, help="a YAML file, see configs/")
   parser.add_argument(
     "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
@@ -176,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   )
   options = parser.parse_args(arguments)
   try:
-    config = load(options.config, options.set)
+    config = load(options.config, [*options.set, *overrides])
     experiment = build(config)
     if options.dry_run:
       print(to_yaml(config) + "\n" + plan(experiment))
@@ -187,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   except (ConfigError, ValueError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
-  with log:
+  with log, contextlib.closing(experiment.task):
     log.write_config(to_yaml(config))
     print(to_yaml(config) + "\n" + plan(experiment), flush=True)
     try:

@@ -121,18 +121,7 @@ def policy_update(
     divergence /= kl_rows if kl.aggregation == "sequence_sum" else kl_tokens
     return policy + kl.coefficient * divergence, {"policy": policy, "kl": divergence, **sums}
 
-  def accumulate(i: jax.Array, carry: Any) -> Any:
-    rows = jax.tree.map(lambda x: x[i], batch)
-    (value, sums), grads = jax.value_and_grad(loss, has_aux=True)(state.params, rows)
-    return jax.tree.map(jnp.add, carry, (value, sums, grads))
-
-  first = jax.tree.map(lambda x: x[0], batch)
-  zeros = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, x.dtype),
-    jax.eval_shape(lambda p: (*loss(p, first), p), state.params),
-  )
-  value, sums, grads = jax.lax.fori_loop(0, used, accumulate, zeros)
-
+  value, sums, grads = _accumulate(loss, state.params, batch, used)
   mean_ratio = sums["ratio_sum"] / total_tokens
   norm = optax.tree.norm(grads)
   finite = jnp.isfinite(value) & jnp.isfinite(norm)
@@ -167,7 +156,7 @@ def summarise(updates: list[dict[str, jax.Array]]) -> dict[str, float]:
   }
 
 
-@program(static_argnames=("config", "optimizer"), donate_argnames=("state",))
+@program(static_argnames=("config", "optimizer", "micro_rows"), donate_argnames=("state",))
 def supervised_update(
   config: ModelConfig,
   optimizer: optax.GradientTransformation,
@@ -175,15 +164,40 @@ def supervised_update(
   tokens: jax.Array,
   is_token: jax.Array,
   mask: jax.Array,
+  micro_rows: int,
 ) -> tuple[TrainState, jax.Array]:
-  """Cross-entropy on the masked tokens of i32[B, L] rows; returns the mean loss too."""
+  """Cross-entropy on the masked tokens of i32[B, L] rows; returns the mean loss too.
 
-  def loss(params: model.Params) -> jax.Array:
+  Args:
+    micro_rows: rows of one forward and backward pass, a divisor of B.
+  """
+  count = jnp.maximum(jnp.sum(mask), 1)
+
+  def loss(params: model.Params, rows: Any) -> tuple[jax.Array, tuple[()]]:
+    tokens, is_token, mask = rows
     logprobs = score(config, params, tokens, is_token)
-    return -jnp.sum(jnp.where(mask, logprobs, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+    return -jnp.sum(jnp.where(mask, logprobs, 0.0)) / count, ()
 
-  value, grads = jax.value_and_grad(loss)(state.params)
+  batch = jax.tree.map(
+    lambda x: x.reshape(-1, micro_rows, x.shape[1]), (tokens, is_token, mask)
+  )
+  value, _, grads = _accumulate(loss, state.params, batch, len(batch[0]))
   return _apply(optimizer, state, grads, jnp.isfinite(value)), value
+
+
+def _accumulate(loss: Any, params: model.Params, batch: Any, used: jax.Array | int) -> Any:
+  """Sums of value, metrics and gradient of `loss(params, rows)` over `used` micro-batches."""
+
+  def add(i: jax.Array, carry: Any) -> Any:
+    rows = jax.tree.map(lambda x: x[i], batch)
+    (value, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, rows)
+    return jax.tree.map(jnp.add, carry, (value, sums, grads))
+
+  first = jax.tree.map(lambda x: x[0], batch)
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda p: (*loss(p, first), p), params)
+  )
+  return jax.lax.fori_loop(0, used, add, zeros)
 
 
 def _apply(

@@ -2,7 +2,7 @@
 
 Importing everything takes longer than such a run, so a server process imports it once and
 forks a child for each, before JAX has started a thread. Compiled programs are shared on the
-disk. Tests say `pytest_plugins = ["runs"]` and take the fixtures `train` and `finished`.
+disk. Tests say `pytest_plugins = ["runs"]` and take the fixtures `train`, `finished` and `refuse`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+
+import spo_jax.train
 
 # A fresh model solves nothing, but whether it comes to an end is a signal from the start.
 CONFIG = """
@@ -43,9 +45,12 @@ checkpoint: {every: 2}
 VARIANTS = {
   "chain": ("seed=0",),
   "tree": ("algorithm=tree",),
-  "grpo": ("algorithm=grpo", "train.kl.coefficient=0.1", "rollout.recompute_logprobs=true"),
+  "grpo": (
+    "algorithm=grpo", "train.kl.coefficient=0.1", "rollout.recompute_logprobs=true",
+    "eval.validation_problems=8",
+  ),
   "rloo": ("algorithm=rloo", "train.official=true", "sft.max_steps=0"),
-}
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +96,7 @@ class Train:
       "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
       "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+      "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles faster than it would run
     }
     self._server = subprocess.Popen(
       command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -118,7 +124,6 @@ def serve(shared: Path) -> None:
   """Reads a request a line, forks a child for it and answers how that ended."""
   import tensorboardX  # noqa: F401
 
-  import spo_jax.train  # noqa: F401
   from spo_jax.tokenizer import character_tokenizer
 
   character_tokenizer("0")  # imports transformers
@@ -149,8 +154,6 @@ def _wait(child: int, seconds: float | None) -> int:
 
 def _become(request: dict, out: Path, err: Path, compiled: Path) -> None:
   """The child is the command line, with the stop and a count of compilations built in."""
-  from spo_jax.train import main
-
   for number, path in ((0, os.devnull), (1, out), (2, err)):
     os.dup2(os.open(path, os.O_RDWR), number)
   os.chdir(request["cwd"])
@@ -158,7 +161,7 @@ def _become(request: dict, out: Path, err: Path, compiled: Path) -> None:
   if request["stop"]:
     Stop(*request["stop"]).install()
   _count_compilations(compiled)
-  sys.exit(main(request["arguments"]))
+  sys.exit(spo_jax.train.main(request["arguments"]))
 
 
 def _count_compilations(path: Path) -> None:
@@ -197,6 +200,20 @@ def train(shared):
   server = Train(shared)
   yield server
   server.close()
+
+
+@pytest.fixture
+def refuse(capsys):
+  """refuse(...) -> the one line with which the command line refuses these arguments."""
+
+  def call(*arguments) -> str:
+    code = spo_jax.train.main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+  return call
 
 
 @pytest.fixture(scope="session")
@@ -239,8 +256,11 @@ def assert_same_run(run_dir: Path, reference: Path, *ignored: str) -> None:
   """Bitwise: metrics, texts and arrays; only seconds may differ."""
   assert metrics(run_dir, *ignored) == metrics(reference, *ignored)
   assert summary(run_dir) | {"seconds": 0} == summary(reference) | {"seconds": 0}
-  for name in sorted(str(path.relative_to(reference)) for path in reference.glob("samples/*")):
-    assert (run_dir / name).read_text() == (reference / name).read_text()
+  texts = [path.relative_to(reference) for path in sorted(reference.glob("samples/*"))]
+  weights = [path.relative_to(reference) for path in reference.glob("model/*.safetensors")]
+  assert texts and weights
+  for name in (*texts, *weights):
+    assert (run_dir / name).read_bytes() == (reference / name).read_bytes()
   if (reference / "warm_start").exists():
     assert metrics(run_dir / "warm_start") == metrics(reference / "warm_start")
   ours, theirs = final_state(run_dir), final_state(reference)

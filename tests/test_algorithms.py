@@ -56,7 +56,7 @@ def grade(problems, tokens, lengths, finished):
 
 
 @functools.cache
-def collect(path, algorithm, *overrides, iteration=3, buffer=None):
+def collect(path, algorithm, *overrides, iteration=3, cursor=0, buffer=None):
   experiment = build(load(path, [f"algorithm={algorithm}", *overrides]))
   experiment.engine.grade_fn = grade
   # Noise on the parameters makes some tokens likely and others not.
@@ -71,8 +71,8 @@ def collect(path, algorithm, *overrides, iteration=3, buffer=None):
     captured.append(rollout(*args))
     return captured[0]
 
-  spo, count = experiment.config.spo, experiment.config.rollout.questions
-  prompts = experiment.questions(cursor=iteration * count, count=count)
+  spo = experiment.config.spo
+  prompts = experiment.questions(cursor, experiment.config.rollout.questions)
   if buffer is None:
     buffer = EdgeBuffer(spo.edges_per_question, spo.max_edge_age)
   with mock.patch.object(rollouts, kind, capturing):
@@ -216,7 +216,7 @@ def test_what_a_tree_leaves_in_the_buffer_is_trained_on_later(tiny):
   total = every.figures["rollout/edges"]
   assert first.rows.tokens.shape[0] == 4
   assert first.figures["buffer/size"] == total - 4 > 4
-  second = collect(tiny, "tree", *overrides, iteration=2, buffer=buffer)
+  second = collect(tiny, "tree", *overrides, iteration=2, cursor=3, buffer=buffer)
   assert second.figures["buffer/size"] == total - 4 + second.figures["rollout/edges"] - 4
   drawn = edges_in(first.rows).keys()
   assert drawn < edges_in(every.rows).keys()
@@ -288,10 +288,11 @@ def test_the_mean_reward_is_that_of_the_rollout(tiny, algorithm):
   assert 0 < reward.mean() < 1
 
 
-@pytest.mark.parametrize("algorithm", ["chain", "tree"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_rows_are_a_function_of_seed_and_iteration(tiny, algorithm):
   first = collect(tiny, algorithm).rows
   again = collect(tiny, algorithm, "seed=0").rows  # not the cached ones
   jax.tree.map(np.testing.assert_array_equal, again, first)
+  # The same questions in another iteration are answered anew.
   for other in (collect(tiny, algorithm, "seed=1"), collect(tiny, algorithm, iteration=4)):
     assert not np.array_equal(other.rows.tokens, first.tokens)

@@ -22,20 +22,16 @@ OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=3))
 
 
 @jax.jit
-def fresh(key):
+def trained(seed):
+  """A state behind its first update, different for every seed."""
   params = {
-    "embed": jax.random.normal(key, (17, 8)),
+    "embed": jax.random.normal(jax.random.key(seed), (17, 8)),
     "layer": {"scale": jnp.full(8, 1.5, jnp.bfloat16)},
   }
-  return init_state(params, OPTIMIZER)
-
-
-def trained(seed):
-  """A state in which no array is the one that it began with."""
-  state = fresh(jax.random.key(seed))
-  gradients = jax.tree.map(lambda x: x * 0.1 + 0.1, state.params)
-  _, opt_state = OPTIMIZER.update(gradients, state.opt_state, state.params)
-  return state.replace(opt_state=opt_state, step=jnp.int32(seed + 1))
+  state = init_state(params, OPTIMIZER)
+  gradients = jax.tree.map(lambda x: x * 0.1 + 0.1, params)
+  _, opt_state = OPTIMIZER.update(gradients, state.opt_state, params)
+  return state.replace(opt_state=opt_state, step=jnp.int32(seed) + 1)
 
 
 def edges(count, width=5):
@@ -63,7 +59,7 @@ def test_a_train_state_is_restored_bitwise(tmp_path):
     checkpoints.save(7, trained(1), counters)
   with Checkpoints(tmp_path, keep=1) as checkpoints:
     assert checkpoints.latest() == 7
-    state, restored, none = checkpoints.restore(7, fresh(jax.random.key(9)))
+    state, restored, none = checkpoints.restore(7, trained(9))
   assert_bitwise(state, trained(1))  # the structure too: optax finds its NamedTuples again
   assert restored == counters
   assert none is None

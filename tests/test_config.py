@@ -8,7 +8,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from spo_jax.config import Config, ConfigError, changed_keys, known_keys, load, to_yaml
+from spo_jax.config import (
+  Config,
+  ConfigError,
+  changed_keys,
+  config_at,
+  known_keys,
+  load,
+  to_yaml,
+)
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -100,6 +108,7 @@ def test_to_yaml_is_read_back_to_an_equal_config(write, seed, rate, factors, nam
   )
   again = load(write(to_yaml(config)))
   assert again == config
+  assert changed_keys(config, again) == []
   assert type(again.spo.branch_factors) is tuple
 
 
@@ -230,7 +239,19 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 def test_line_breaks_in_a_value_do_not_break_the_line(write):
   assert "a b" in complaint(write('algorithm: "a\\nb"'))
   assert "unknown" in complaint(write('"a\\r\\nb": 3'))
-  assert "does not exist" in complaint(write('model: {path: "/no\\u2028where"}'))
+
+
+def test_a_schedule_sets_keys_from_an_iteration_on(write):
+  stages = '["3: spo.interval=4", "7: rollout.max_response_tokens=900", "9: spo.interval=2"]'
+  config = load(write(f"schedule: {stages}"))
+  at = {i: config_at(config, i) for i in (0, 2, 3, 6, 7, 8, 9, 99)}
+  assert {i: at[i].spo.interval for i in at} == {0: 5, 2: 5, 3: 4, 6: 4, 7: 4, 8: 4, 9: 2, 99: 2}
+  assert {i: at[i].rollout.max_response_tokens for i in (6, 7, 99)} == {6: 768, 7: 900, 99: 900}
+  assert dataclasses.replace(at[99], spo=config.spo, rollout=config.rollout) == config
+
+
+def test_without_a_file_there_are_defaults_and_overrides():
+  assert load(None, ["seed=3"]) == dataclasses.replace(Config(), seed=3)
 
 
 # Values that no run can have. Each line: what is set, and what the message must hold.
@@ -254,8 +275,17 @@ IMPOSSIBLE = [
   ("model.num_heads=4 model.num_kv_heads=3", "model.num_heads=4 model.num_kv_heads=3"),
   ("model.hidden_size=130", "model.hidden_size=130 model.num_heads=4"),
   ("model.head_dim=5", "model.head_dim=5 even"),
-  ("model.path=/no/such/model", "model.path=/no/such/model"),
-  ("model.path=x/y sft.max_steps=5", "sft.max_steps=5 model.path=x/y"),
+  ("model.family=lama", "model.family=lama llama"),
+  ("model.rope_scaling.kind=yarn", "model.rope_scaling.kind=yarn linear"),
+  ("sft.batch_rows=10 sft.micro_batch_rows=4", "sft.batch_rows=10 sft.micro_batch_rows=4"),
+  ('schedule=["5"]', "schedule 5"),
+  ('schedule=["-1:spo.interval=2"]', "schedule -1:spo.interval=2"),
+  ('schedule=["5:seed=1"]', "schedule 5:seed=1 spo.interval"),
+  ('schedule=["5:spo.interval=0"]', "spo.interval=0"),
+  ('schedule=["5:spo.interval=x"]', "spo.interval=x int"),
+  ('schedule=["5:rollout.max_response_tokens=9"]', "768 9 5"),
+  ('schedule=["5:rollout.max_response_tokens=9000"]', "9000 model.max_position=2048"),
+  ('algorithm=tree schedule=["5:spo.segment_tokens=500"]', "spo.segment_tokens=500"),
   ("model.rope_theta=0", "model.rope_theta=0"),
   ("rollout.temperature=0", "rollout.temperature=0"),
   ("optimizer.b1=1", "optimizer.b1=1"),
@@ -279,13 +309,20 @@ def test_the_last_possible_value_is_accepted(write, override):
   load(write(""), [*algorithm, override])
 
 
-FLOATS = [key for key in known_keys() if isinstance(attrgetter(key)(Config()), float)]
+DEFAULTS = {key: attrgetter(key)(Config()) for key in known_keys()}
+FLOATS = [key for key, value in DEFAULTS.items() if type(value) is float]
+NUMBERS = [key for key, value in DEFAULTS.items() if type(value) in (int, float)]
 
 
-@pytest.mark.parametrize("text", [".nan", ".inf", "-1", "9" * 50])
+@pytest.mark.parametrize("text", [".nan", ".inf", "9" * 50])
 @pytest.mark.parametrize("key", FLOATS)
-def test_a_number_that_is_not_finite_negative_or_huge_is_named(write, key, text):
+def test_a_number_that_is_not_finite_or_huge_is_named(write, key, text):
   assert key in complaint(write(""), f"{key}={text}")
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_a_negative_number_is_named(write, key):
+  assert f"{key}=-2" in complaint(write(""), f"{key}=-2")
 
 
 @pytest.mark.parametrize("key", ["rollout.top_p", "eval.top_p", "spo.threshold"])

@@ -20,7 +20,7 @@ CONFIGS = {
   )
   for name, config in [("llama", tiny.LLAMA), ("qwen2", tiny.QWEN2), ("qwen3", tiny.QWEN3)]
   for tied, kv_heads in [(True, 2), (False, 1), (True, 4)]
-}
+} | {"llama3.1": tiny.LLAMA31, "linear": tiny.LINEAR}
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 few = settings(deadline=None, max_examples=8)
 seeds = st.integers(0, 2**32 - 1)
@@ -103,8 +103,10 @@ def test_parameters_are_counted_as_the_papers_count_them(config):
   embed, hidden = config.hidden_size, config.intermediate_size
   width = config.head_dim or embed // config.num_heads
   qkv = (config.num_heads + 2 * config.num_kv_heads) * width
-  attention = (embed + config.qkv_bias) * qkv + config.num_heads * width * embed
-  layer = attention + 2 * width * config.qk_norm + 3 * embed * hidden + 2 * embed
+  attention = (embed + config.qkv_bias) * qkv
+  attention += (config.num_heads * width + config.o_bias) * embed
+  mlp = 3 * embed * hidden + config.mlp_bias * (2 * hidden + embed)
+  layer = attention + 2 * width * config.qk_norm + mlp + 2 * embed
   tables = 1 if config.tie_embeddings else 2
   expected = tables * config.vocab_size * embed + config.num_layers * layer + embed
   assert model.count_params(config) == expected

@@ -14,7 +14,9 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FILES = sorted((ROOT / "spo_jax").rglob("*.py"))
-COMMANDS = sorted(p.stem for p in FILES if "\nif __name__ ==" in p.read_text())
+COMMANDS = sorted(
+  p.stem for p in (ROOT / "spo_jax").glob("*.py") if "\nif __name__ ==" in p.read_text()
+)
 
 DISTRIBUTION = {"orbax": "orbax-checkpoint", "yaml": "pyyaml"}  # where the import differs
 FALLBACKS = {"torch": "runlog writes TensorBoard files with it where tensorboardX is missing"}
@@ -30,9 +32,9 @@ def declared(*extras):
   return {canonicalize_name(r.name): r for r in map(Requirement, lines)}
 
 
-def locked():
-  """{distribution: version} of requirements.txt."""
-  lines = (ROOT / "requirements.txt").read_text().splitlines()
+def locked(name="requirements.txt"):
+  """{distribution: version} of a lock."""
+  lines = (ROOT / name).read_text().splitlines()
   pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
   for pin in pins:
     assert re.fullmatch(r"==[^*,]+", str(pin.specifier)), f"not a pin: {pin}"
@@ -69,13 +71,23 @@ def test_imports_are_declared(path):
 
 def test_lock_satisfies_the_ranges():
   pins = locked()
-  for name, requirement in declared("test", "lint").items():
+  for name, requirement in declared("test", "lint", "math").items():
     assert name in pins, f"requirements.txt lacks {name}: make lock"
     assert requirement.specifier.contains(pins[name]), f"{requirement} but locked {pins[name]}"
 
 
 def test_lock_is_the_cpu_set_without_torch():
   assert not [name for name in locked() if name == "torch" or "nvidia" in name or "cuda" in name]
+
+
+def test_torch_is_locked_for_tests_alone_and_changes_nothing_else():
+  parity = locked("requirements-parity.txt")
+  assert {"torch": parity["torch"]} == {
+    name: str(requirement.specifier).removeprefix("==")
+    for name, requirement in declared("parity").items()
+    if name == "torch"
+  }
+  assert not parity.keys() & locked().keys()
 
 
 @pytest.mark.parametrize("command", COMMANDS)

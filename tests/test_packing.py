@@ -276,6 +276,20 @@ def test_an_empty_buffer_gives_no_edges(repeat):
   assert set(names_of(buffer.draw(5, 0, np.random.default_rng(0), repeat))) == {3}
 
 
+def test_waiting_edges_are_padded_where_rows_grow_wider():
+  narrow, wide = named_edges([1, 2], 0, [3, 4]), named_edges([5], 1, [6])
+  wide = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, 2))) if x.ndim == 2 else x, wide)
+  buffer = EdgeBuffer(quota=2, max_age=8)
+  buffer.add(narrow)
+  buffer.add(wide)
+  width = narrow.tokens.shape[1]
+  assert buffer.edges.tokens.shape == (3, width + 2)
+  for name in ("tokens", "logprobs"):
+    whole = getattr(buffer.edges, name)
+    np.testing.assert_array_equal(whole[:2, :width], getattr(narrow, name))
+    assert not whole[:2, width:].any()
+
+
 def test_a_buffer_that_was_never_filled_says_so():
   with pytest.raises(ValueError, match="nothing was added"):
     EdgeBuffer(quota=2, max_age=8).draw(5, 0, np.random.default_rng(0))

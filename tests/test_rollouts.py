@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter, defaultdict
 
 import jax
@@ -9,6 +10,9 @@ import tiny
 from tiny import CONFIG, ENDS, VOCAB, Recorder, T
 
 from spo_jax import rollouts
+from spo_jax.packing import trajectory_rows, tree_edges
+from spo_jax.structs import Prompts
+from spo_jax.tokenizer import bpe_tokenizer, encode_prompts
 
 SAMPLES, N = 4, 3  # responses per question, continuations per boundary
 M = 2  # tokens per tree level
@@ -98,10 +102,89 @@ def test_every_token_is_counted_once(rollout):
   assert grown == (sum(x.sum() for x in out.valid) if rollout is tree else len(engine.graded))
   assert counts["prefilled"] == PROMPTS.lengths.sum()  # each prompt once, fillers nothing
   assert counts["decoded"] == sum(x.sum() for x in lengths)
-  assert counts["unique"] == counts["prefilled"] + counts["decoded"]
+  assert counts["unique"] == counts["prefilled"] + counts["decoded"]  # none of it twice
   assert counts["slot_steps"] == sum(x.max() * len(x) for x in lengths)
   assert grade_seconds > 0
   assert engine.take_counts() == (dict.fromkeys(counts, 0), 0)
+
+
+class PrefillsPerSample(Recorder):
+  def prefill(self, *args):
+    for _ in range(SAMPLES):
+      cache = super().prefill(*args)
+    return cache
+
+
+class DecodesAgain(Recorder):
+  def fetch(self, *args):
+    super().fetch(*args)
+    return super().fetch(*args)
+
+
+@every_kind
+@pytest.mark.parametrize("wasteful", [PrefillsPerSample, DecodesAgain])
+def test_work_done_twice_shows_in_the_token_counts(rollout, wasteful):
+  counts = []
+  for engine in (Recorder(), wasteful()):
+    rollout(engine)
+    counts.append(engine.take_counts()[0])
+  assert counts[0]["unique"] == counts[1]["unique"]
+  ratios = [(count["prefilled"] + count["decoded"]) / count["unique"] for count in counts]
+  assert ratios[0] == 1 and ratios[1] > 1.02
+
+
+@every_kind
+def test_rows_that_do_not_hold_one_question_are_one_line_with_the_fix(rollout):
+  needed = 6 if rollout is tree else SAMPLES
+  message = f"rollout.rows={needed - 1} cannot hold the {needed} .*Raise rollout.rows to {needed}"
+  with pytest.raises(ValueError, match=message):
+    rollout(Recorder(rows=needed - 1))
+
+
+# Stop strings and token ids.
+
+
+@every_kind
+def test_a_response_ends_where_its_text_first_holds_a_stop_string(rollout):
+  """Whatever of the string its prefix held already when it was continued."""
+  across = 0
+  for seed in range(4):
+    engine = Recorder(sampling=tiny.sampling(stop_table=tiny.stop_table()))
+    rollout(engine, key=jax.random.key(seed))
+    for _, response, finished in engine.graded:
+      assert not any(tiny.is_over(response[:n]) for n in range(len(response)))
+      assert finished == tiny.is_over(response)
+      assert finished or len(response) == T
+      across += finished and len(response) > M and not tiny.is_over(response[M:])
+  assert across > 4  # by a string that began in front of a tree's first boundary
+
+
+@every_kind
+def test_sampled_ids_are_trained_on_though_their_text_would_tokenise_differently(rollout):
+  letters = np.random.default_rng(0).choice(list("abcd"), (600, 8)).tolist()
+  tokenizer = bpe_tokenizer(map("".join, letters), 1500)
+  config = dataclasses.replace(CONFIG, vocab_size=len(tokenizer))
+  grade = tiny.grade_into([])
+  engine = rollouts.Engine(config, tiny.sampling(end_ids=(1,)), 12, T, grade)
+  tokens, lengths = encode_prompts(tokenizer, ["ab", "c", "l"], 4)
+  prompts = Prompts(tokens, lengths, np.arange(3), ("",) * 3)
+  out = rollout(engine, prompts, params=tiny.params(config))
+  sampled, trained = [], []
+  if rollout is tree:
+    edges = tree_edges(prompts, out, tuple(map(np.ones_like, out.rewards)), 0)
+    trained = [row[a:b].tolist() for row, a, b in zip(edges.tokens, edges.start, edges.end)]
+    for level in range(len(out.tokens)):
+      rows = zip(out.tokens[level][out.valid[level]], out.lengths[level][out.valid[level]])
+      sampled += [row[:length].tolist() for row, length in rows]
+  else:
+    rows = trajectory_rows(prompts, out, np.ones((len(out.prompt), T)), None)
+    trained = [row[is_own].tolist() for row, is_own in zip(rows.tokens, rows.mask)]
+    sampled = tiny.responses(out.samples)
+  assert trained == sampled
+  texts = tokenizer.batch_decode(sampled)
+  again = tokenizer(texts)["input_ids"]
+  differ = [a != b for a, b, text in zip(again, sampled, texts) if "\ufffd" not in text]
+  assert sum(differ) > 2
 
 
 @every_kind

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CONFIG, PAD, PROMPT_WIDTH, VOCAB, T
 
-from spo_jax import model, sampler
+from spo_jax import model, sampler, stops
 from spo_jax.structs import Sampling
 
 P, B = 4, 12  # rows b, b + P, b + 2P, ... continue prompt b
@@ -31,15 +31,16 @@ def prefilled(slots=SLOTS):
   return sampler.prefill(CONFIG, tiny.params(), PROMPTS.tokens, PROMPTS.lengths, slots)
 
 
-def grow(cache, parent, prefix, token, sampling, key=KEY, ids=None, limit=T, max_tokens=T):
+def grow(cache, parent, prefix, token, sampling, key=KEY, ids=None, limit=T, max_tokens=T,
+         stop_state=0):  # fmt: skip
   """`sampler.grow` of B rows or of one shape more, `ids` 0, 1, 2, ...: samples on the host."""
   rows = len(parent)
   ids = np.arange(rows) if ids is None else ids
   columns = (np.broadcast_to(x, rows).astype(np.int32)
-             for x in (parent, prefix, token, ids, limit))  # fmt: skip
-  parent, prefix, token, ids, limit = columns
+             for x in (parent, prefix, token, stop_state, ids, limit))  # fmt: skip
+  parent, prefix, token, stop_state, ids, limit = columns
   samples, cache, steps = sampler.grow(
-    CONFIG, tiny.params(), cache, parent, prefix, token, key, ids, limit, sampling,
+    CONFIG, tiny.params(), cache, parent, prefix, token, stop_state, key, ids, limit, sampling,
     max_tokens=max_tokens, keep_cache=True,
   )  # fmt: skip
   return jax.device_get(samples), cache, int(steps)
@@ -204,6 +205,28 @@ def test_rows_end_at_any_end_id_or_at_their_limit():
   assert endings == {(1, False), (1, True), (2, False), (2, True), ("limit", True)}
 
 
+def test_rows_end_where_their_text_first_holds_a_stop_string():
+  """Responses go on from texts of which a stop string may have read a part already."""
+  table, begun, endings = tiny.stop_table(), ([], [4], [3, 3], [5], [6, 3]), set()
+  states = [stops.prefix_states(table, np.array([b], np.int32))[0, len(b)] for b in begun]
+  row = np.arange(B) % len(begun)
+  sampling = tiny.sampling(stop_table=table)
+  for key in jax.random.split(KEY, 4):
+    samples, _, steps = respond(sampling, key=key, stop_state=np.array(states)[row])
+    endless, _, _ = respond(NO_END, key=key)
+    for b, free in enumerate(endless.tokens.tolist()):
+      over = [tiny.is_over(begun[row[b]] + free[: t + 1]) for t in range(T)]
+      n = over.index(True) + 1 if any(over) else T
+      assert samples.tokens[b].tolist() == free[:n] + [PAD] * (T - n)
+      assert (samples.lengths[b], samples.finished[b]) == (n, any(over))
+      close(samples.logprobs[b, :n], endless.logprobs[b, :n], 1e-5)
+      by_stop = any(over) and free[n - 1] not in tiny.ENDS
+      endings.add((by_stop and not tiny.is_over(free[:n]), by_stop, any(over)))
+    assert steps == samples.lengths.max()
+  # By a stop string, also one begun before; by an end id; by the limit.
+  assert endings == {(True, True, True), (False, True, True), (False, False, True), (False,) * 3}
+
+
 def test_the_loop_stops_when_all_rows_are_done():
   samples, _, steps = respond(NO_END, limit=np.arange(B) % 3)
   np.testing.assert_array_equal(samples.lengths, np.arange(B) % 3)
@@ -223,13 +246,13 @@ def test_an_end_id_in_the_prompt_does_not_end_a_row():
 
 
 def allowed_by_hand(p, top_p, top_k):
-  """Most likely first: stop behind the token that reaches top_p, or at top_k tokens."""
-  kept, mass = [], 0.0
-  for token in np.argsort(-p):
-    if mass >= top_p or (top_k and len(kept) == top_k):
+  """The top_k most likely; of those, most likely first, up to one that reaches their top_p."""
+  likely, kept, mass = np.argsort(-p)[: top_k or None], [], 0.0
+  for token in likely:
+    if mass >= top_p:
       break
     kept.append(token)
-    mass += p[token]
+    mass += p[token] / p[likely].sum()
   return np.isin(np.arange(len(p)), kept) * p / p[kept].sum()
 
 
@@ -268,7 +291,24 @@ def test_truncation_keeps_the_smallest_set_that_reaches_top_p(seed, top_p, scale
   kept = np.isfinite(truncate(scores, Sampling(1.0, top_p, (), PAD, top_k, True)))
   for row, keep in zip(scores.astype(np.float64), kept):
     probs = np.exp(row - np.logaddexp.reduce(row))
-    mass = np.cumsum(np.sort(probs)[::-1])[:-1]
-    edge = np.abs(mass - top_p).min() < 1e-5  # float32 may say otherwise
+    likely = np.sort(probs)[::-1][: top_k or None]
+    mass = np.cumsum(likely / likely.sum())[:-1]
+    edge = np.abs(mass - top_p).min(initial=1) < 1e-5  # float32 may say otherwise
     assert edge or (keep == (allowed_by_hand(probs, top_p, top_k) > 0)).all()
 
+
+def test_top_p_looks_at_what_top_k_has_left():
+  """.4 .3 .2 .1: of the top two, the first holds .57; of all four, two are needed for .5."""
+  scores = np.log(np.array([[0.1, 0.4, 0.2, 0.3]], np.float32))
+  for top_p, top_k, expected in [
+    (0.5, 2, [1]), (0.5, 0, [1, 3]), (0.6, 2, [1, 3]), (1, 2, [1, 3]), (1, 9, [0, 1, 2, 3]),
+  ]:  # fmt: skip
+    kept = np.isfinite(truncate(scores, Sampling(1.0, top_p, (), PAD, top_k, True)))
+    assert np.flatnonzero(kept[0]).tolist() == expected
+
+
+@pytest.mark.parametrize("top_k", [0, 2])
+def test_equal_logits_stay_or_go_together(top_k):
+  scores = np.array([[3.0, 1.0, 1.0, 1.0, -2.0]], np.float32)
+  kept = np.isfinite(truncate(scores, Sampling(1.0, 0.99, (), PAD, top_k, True)))
+  assert kept[0].tolist() == [True, True, True, True, False]

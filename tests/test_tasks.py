@@ -1,18 +1,26 @@
-"""Problems, splits, grading of hostile text, and the order of questions."""
+"""What all tasks share, generated arithmetic, the order of questions, and the docs' example."""
 
+import json
 import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spo_jax.tasks import SPLITS, Grade, Problem, load_task, question_order
+from spo_jax import grade
+from spo_jax.config import TaskConfig
+from spo_jax.tasks import LOADERS, SPLITS, Grade, Problem, load_task, question_order
+from spo_jax.tasks.generated import VIRTUAL_LENGTH
+
+DOCS = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text()
 
 
-def arithmetic(operations=6, penalty=0.0, seed=0):
-  return load_task("arithmetic", None, operations, penalty, seed)
+def arithmetic(operations=6, penalty=0.0, seed=0, **options):
+  config = TaskConfig(operations=operations, unfinished_penalty=penalty, **options)
+  return load_task(config, seed)
 
 
 @pytest.mark.parametrize("operations", [1, 6, 40])
@@ -51,7 +59,9 @@ def test_no_problem_text_is_in_two_splits_whatever_the_seeds():
 def test_a_problem_depends_on_seed_split_and_index_only():
   validation = arithmetic().split("validation")
   late = validation[7]
-  assert late == arithmetic().split("validation")[:8][7] and late.uid == 7
+  assert late == arithmetic().split("validation")[:8][7]
+  uids = [arithmetic().split(split)[7].uid for split in SPLITS]
+  assert uids == [7, 7 + VIRTUAL_LENGTH, 7 + 2 * VIRTUAL_LENGTH]
   assert late.prompt != arithmetic(seed=1).split("validation")[7].prompt
   assert len({problem.prompt for problem in validation[:500]}) == 500
   # Spelled out, because a checkpoint's cursor must mean the same problems in every version.
@@ -128,15 +138,47 @@ def test_an_unfinished_response_earns_zero_less_the_penalty():
   assert arithmetic(penalty=0.5).grade(PROBLEM, "#74", finished=True).reward == 0.0
 
 
+def test_a_repeated_conclusion_costs_its_penalty_once_and_only_where_it_ended():
+  task = arithmetic(penalty=0.5, repeat_penalty=2.0)
+  assert task.grade(PROBLEM, "#75", finished=True).reward == 1.0
+  assert task.grade(PROBLEM, "#74#75#76", finished=True).reward == -2.0
+  assert task.grade(PROBLEM, "#74#75", finished=False).reward == -0.5
+
+
+def test_many_gradings_are_the_single_ones_in_their_order():
+  task = arithmetic(penalty=0.5)
+  problems = task.split("train")[:4]
+  responses = [problems[0].demonstration, "#", problems[2].demonstration, "#x"]
+  finished = [True, True, False, True]
+  together = task.grade_many(problems, responses, finished)
+  assert together == [task.grade(*row) for row in zip(problems, responses, finished)]
+  assert [grade.reward for grade in together] == [1.0, 0.0, -0.5, 0.0]
+
+
+def test_rows_of_a_file_can_be_graded_without_their_question():
+  problem = arithmetic().from_record({"answer": "75", "response": "#75"}, uid=3)
+  assert (problem.uid, problem.answer) == (3, "75")
+  assert arithmetic().from_record({"answer": 75}, 0).answer == "75"
+  for record, message in (
+    ({}, "field 'answer' is missing"),
+    ({"answer": "٧٥"}, "field 'answer' is '٧٥'"),
+    ({"answer": "12345"}, "field 'answer'"),
+    ({"answer": [75]}, "field 'answer' is a list"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      arithmetic().from_record(record, 0)
+
+
 @pytest.mark.parametrize(
   ("make", "message"),
   [
-    (lambda: load_task("arithmetics", None, 6, 0.0, 0), "did you mean 'arithmetic'"),
-    (lambda: load_task("", None, 6, 0.0, 0), "unknown task ''.*Known: arithmetic"),
-    (lambda: load_task("arithmetic", "data.jsonl", 6, 0.0, 0), "task.path='data.jsonl'"),
+    (lambda: arithmetic(name="arithmetics"), "did you mean 'arithmetic'"),
+    (lambda: arithmetic(name=""), "unknown task ''.*Known: arithmetic"),
+    (lambda: arithmetic(path="data.jsonl"), "task.path='data.jsonl'"),
     (lambda: arithmetic(operations=0), "task.operations=0"),
     (lambda: arithmetic(penalty=-1.0), "task.unfinished_penalty=-1.0"),
     (lambda: arithmetic(penalty=float("nan")), "task.unfinished_penalty=nan"),
+    (lambda: arithmetic(repeat_penalty=float("inf")), "task.repeat_penalty=inf"),
     (lambda: arithmetic().split("valid"), "unknown split 'valid': did you mean 'validation'"),
   ],
 )
@@ -197,3 +239,38 @@ def test_a_huge_split_is_ordered_without_repeats_or_runs():
 def test_an_impossible_order_is_refused(arguments):
   with pytest.raises(ValueError, match="cannot order questions"):
     question_order(*arguments)
+
+
+def docs_block(language, containing):
+  blocks = re.findall(rf"```{language}\n(.*?)```", DOCS, re.S)
+  return next(block for block in blocks if containing in block)
+
+
+def test_the_task_that_the_docs_add_works_as_written(tmp_path, monkeypatch, capsys):
+  names = {}
+  exec(docs_block("python", "class Words"), names)
+  loader = eval("{" + docs_block("python", '"words": ') + "}", names)
+  monkeypatch.setitem(LOADERS, "words", loader["words"])
+  rows = docs_block("json", "Norway")
+  for split in ("train", "test"):
+    (tmp_path / f"{split}.jsonl").write_text(rows)
+  task = load_task(TaskConfig(name="words", path=str(tmp_path)), seed=0)
+  test = task.split("test")
+  assert [problem.answer for problem in test] == ["Oslo", "Nairobi"]
+  assert len(task.split("train")) == len(task.split("validation")) == 1
+  assert task.grade(test[0], test[0].demonstration, finished=True) == Grade(1.0, "Oslo")
+  assert task.grade(test[0], "Oslo", finished=True) == Grade(0.0, None)
+
+  source, target = tmp_path / "responses.jsonl", tmp_path / "graded.jsonl"
+  source.write_text(json.dumps({"answer": "Oslo", "response": "Answer: oslo"}) + "\n")
+  assert grade.main(["--task", "words", str(source), str(target)]) == 0
+  assert json.loads(target.read_text())["reward"] == 1.0
+  assert "1 graded" in capsys.readouterr().out
+  with pytest.raises(ValueError, match=r"set task\.path"):
+    load_task(TaskConfig(name="words"), seed=0).split("train")
+
+
+def test_the_docs_name_every_task_and_field():
+  for name, loader in LOADERS.items():
+    assert f"| `{name}` |" in DOCS
+    assert f"`{loader.conclusion}`" in DOCS or name == "arithmetic"

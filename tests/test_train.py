@@ -6,15 +6,18 @@ import json
 import math
 
 import jax
+import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 import spo_jax
+from spo_jax import hf
 from spo_jax.config import load
 
 pytest.register_assert_rewrite("runs")
 pytest_plugins = ["runs"]
 
-from runs import VARIANTS, metrics, summary  # noqa: E402
+from runs import VARIANTS, final_state, metrics, summary  # noqa: E402
 
 ALGORITHMS = sorted(VARIANTS)
 KEYS = {
@@ -39,6 +42,7 @@ REFUSED = {
   "a prompt longer than its room": (
     ["rollout.max_prompt_tokens=6"], ["rollout.max_prompt_tokens=6", "7"],
   ),
+  "a model that is not there": (["model.path=/no/such/model"], ["/no/such/model"]),
   "a demonstration longer than its room": (
     ["rollout.max_response_tokens=19"], ["rollout.max_response_tokens=19", "20"],
   ),
@@ -56,21 +60,17 @@ def records(run_dir):
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_run_is_said_in_one_line_before_anything_happens(train, config, tmp_path, case):
+def test_what_cannot_run_is_said_in_one_line_before_anything_happens(
+  refuse, config, tmp_path, case
+):
   settings, named = REFUSED[case]
-  result = train("--config", config, "--run-dir", tmp_path / "run", "--set", *settings)
-  assert (result.code, result.out) == (2, "")
-  assert result.err.startswith("error: ") and result.err.count("\n") == 1, result.err
-  for name in named:
-    assert name in result.err
+  said = refuse("--config", config, "--run-dir", tmp_path / "run", "--set", *settings)
+  assert all(name in said for name in named), said
   assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_config_file_is_named(train, tmp_path):
-  result = train("--config", tmp_path / "none.yaml", cwd=tmp_path)
-  assert (result.code, result.out) == (2, "")
-  assert str(tmp_path / "none.yaml") in result.err and result.err.count("\n") == 1
-  assert not list(tmp_path.iterdir())
+def test_a_missing_config_file_is_named(refuse, tmp_path):
+  assert str(tmp_path / "none.yaml") in refuse("--config", tmp_path / "none.yaml")
 
 
 def test_room_for_demonstrations_is_not_asked_for_without_a_warm_start(train, config):
@@ -98,21 +98,6 @@ def test_help_names_every_option(train):
   assert (result.code, result.err) == (0, "")
   for option in ("--config", "--set", "--run-dir", "--resume", "--dry-run"):
     assert option in result.out
-
-
-def test_a_run_directory_is_named_after_its_config(train, config, tmp_path):
-  settings = ["train.iterations=0", "sft.max_steps=0"]
-  result = train("--config", config, "--set", *settings, cwd=tmp_path)
-  assert result.code == 0, result.err
-  (run_dir,) = (tmp_path / "runs").iterdir()
-  assert run_dir.name.startswith("tiny-")
-  assert f"runs/{run_dir.name}" in result.out
-  # The newest run of this config is the one that --resume continues.
-  settings[0] = "train.iterations=1"
-  result = train("--config", config, "--resume", "--set", *settings, cwd=tmp_path)
-  assert result.code == 0, result.err
-  assert list((tmp_path / "runs").iterdir()) == [run_dir]
-  assert [record["iteration"] for record in metrics(run_dir)] == [0, 1]
 
 
 def test_the_output_begins_with_config_version_devices_and_parameter_count(run):
@@ -184,6 +169,42 @@ def test_no_token_is_computed_twice_in_a_rollout(run):
     assert record["tokens/prefilled"] == 28
 
 
+def test_the_last_policy_is_exported(finished):
+  run_dir, _ = finished("chain")
+  config, params = hf.load_pretrained(run_dir / "model")
+  assert config.vocab_size == len(AutoTokenizer.from_pretrained(run_dir / "model"))
+  trained = {leaf.tobytes() for leaf in final_state(run_dir)}
+  assert all(np.asarray(leaf).tobytes() in trained for leaf in jax.tree.leaves(params))
+
+
+def test_the_best_policy_by_validation_is_kept_and_exported(finished):
+  run_dir, _ = finished("grpo")
+  accuracy = {
+    record["iteration"]: record["eval/validation_accuracy"]
+    for record in records(run_dir)
+    if "eval/validation_accuracy" in record
+  }
+  assert list(accuracy) == [0, 3, 6]
+  best = max(accuracy, key=accuracy.__getitem__)  # the first of equals
+  assert summary(run_dir)["best"] == {"iteration": best, "validation_accuracy": accuracy[best]}
+  assert [path.name for path in (run_dir / "checkpoints" / "best").iterdir()] == [str(best)]
+  _, params = hf.load_pretrained(run_dir / "model")
+  last = {leaf.tobytes() for leaf in final_state(run_dir)}
+  is_last = all(np.asarray(leaf).tobytes() in last for leaf in jax.tree.leaves(params))
+  assert is_last == (best == 6)
+
+
+def test_a_schedule_lets_responses_grow(train, config, tmp_path):
+  settings = [
+    "algorithm=grpo", "sft.max_steps=0", "train.iterations=3", "rollout.max_response_tokens=4",
+    'schedule=["3: rollout.max_response_tokens=8"]',
+  ]  # fmt: skip
+  result = train("--config", config, "--run-dir", tmp_path, "--set", *settings)
+  assert result.code == 0, result.err
+  lengths = [record["rollout/length_mean"] for record in records(tmp_path)[1:]]
+  assert max(lengths[:2]) <= 4 < lengths[2] <= 8
+
+
 def test_the_divergence_is_measured_where_it_is_asked_for(finished):
   with_kl = [record["loss/kl"] for record in records(finished("grpo")[0])[1:]]
   assert with_kl[-1] > 0  # the policy has left its reference
@@ -193,7 +214,7 @@ def test_the_divergence_is_measured_where_it_is_asked_for(finished):
 
 
 def test_the_seed_decides_everything(train, finished, config, tmp_path):
-  """An equal run equals: test_more_iterations_on_resume_equal_a_longer_run."""
+  """That equal seeds make equal runs: test_more_iterations_on_resume_equal_a_longer_run."""
   options = ["--config", config, "--run-dir", tmp_path, "--set"]
   assert train(*options, "seed=1", "train.iterations=1").code == 0
   other, ours = metrics(tmp_path), metrics(finished("chain")[0])

@@ -462,15 +462,28 @@ def test_supervised_loss_is_the_mean_cross_entropy_and_falls():
   state = init_state(jax.tree.map(jnp.copy, PARAMS), ADAM)
   losses = []
   for _ in range(20):
-    state, loss = supervised_update(CONFIG, ADAM, state, rows.tokens, rows.is_token, rows.mask)
+    state, loss = supervised_update(
+      CONFIG, ADAM, state, rows.tokens, rows.is_token, rows.mask, micro_rows=R
+    )
     losses.append(float(loss))
   assert losses[0] == pytest.approx(-picked.mean(), rel=1e-5)
   assert losses[-1] < 0.7 * losses[0]
 
 
-def supervised(rows):
-  state = init_state(jax.tree.map(jnp.copy, PARAMS), ADAM)
-  return supervised_update(CONFIG, ADAM, state, rows.tokens, rows.is_token, rows.mask)
+def supervised(rows, optimizer=ADAM, micro_rows=R):
+  state = init_state(jax.tree.map(jnp.copy, PARAMS), optimizer)
+  return supervised_update(
+    CONFIG, optimizer, state, rows.tokens, rows.is_token, rows.mask, micro_rows=micro_rows
+  )
+
+
+def test_micro_batches_do_not_change_a_supervised_gradient():
+  rows = random_rows()
+  whole, loss = supervised(rows, KEEP_GRADIENT)
+  for micro_rows in (1, 2, R // 2):
+    state, other = supervised(rows, KEEP_GRADIENT, micro_rows)
+    assert other == pytest.approx(float(loss), rel=1e-5)
+    assert_close(state.opt_state, whole.opt_state)
 
 
 def test_supervised_updates_ignore_tokens_outside_the_mask():
@@ -489,7 +502,7 @@ def test_a_supervised_batch_without_a_mask_or_that_is_not_finite_changes_nothing
   params = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), PARAMS)
   state, loss = supervised_update(
     CONFIG, ADAM, init_state(jax.tree.map(jnp.copy, params), ADAM), rows.tokens, rows.is_token,
-    rows.mask,
+    rows.mask, micro_rows=R,
   )  # fmt: skip
   assert_same(state, init_state(params, ADAM))
   assert not np.isfinite(loss)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spo_jax import model
-from spo_jax.config import ModelConfig
+from spo_jax import model, stops
+from spo_jax.config import ModelConfig, RopeScaling
 from spo_jax.rollouts import Engine
 from spo_jax.structs import Prompts, Samples, Sampling
 
@@ -19,6 +19,8 @@ PAD = 0  # an ordinary token to the model: it samples it too
 ENDS = (1, 2)
 PROMPT_WIDTH = 3
 T = 6  # most response tokens
+WORDS = ("", "", "", "a", "b", "ab", "ba", "aab")  # what tokens mean where stop strings matter
+STOPS = ("bab", "aaba")
 
 LLAMA = ModelConfig(
   vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4,
@@ -26,6 +28,12 @@ LLAMA = ModelConfig(
 )  # fmt: skip
 QWEN2 = dataclasses.replace(LLAMA, qkv_bias=True)
 QWEN3 = dataclasses.replace(LLAMA, qk_norm=True, head_dim=6)
+LLAMA31 = dataclasses.replace(  # of its three pairs of channels one each is kept, blended, slowed
+  LLAMA, qkv_bias=True, o_bias=True, mlp_bias=True, head_dim=6, rope_scaling=RopeScaling(
+    kind="llama3", factor=8.0, low_freq_factor=0.25, high_freq_factor=2.0, original_max_position=32
+  ),
+)  # fmt: skip
+LINEAR = dataclasses.replace(LLAMA, rope_scaling=RopeScaling(kind="linear", factor=4.0))
 CONFIG = dataclasses.replace(QWEN2, tie_embeddings=False)  # where any one will do
 
 logits = jax.jit(model.logits, static_argnums=0)
@@ -44,13 +52,29 @@ def params(config=CONFIG, seed=0):
   return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
+def frequencies(config, width):
+  """Radians per position of every pair of channels."""
+  scaling = config.rope_scaling
+  for i in range(0, width, 2):
+    fast = config.rope_theta ** (-i / width)
+    slow = fast / scaling.factor
+    turns = scaling.original_max_position * fast / (2 * np.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    if scaling.kind == "linear" or (scaling.kind == "llama3" and turns < low):
+      yield slow
+    elif scaling.kind == "llama3" and turns < high:
+      yield fast + (slow - fast) * (high - turns) / (high - low)
+    else:
+      yield fast
+
+
 def reference_logits(config, params, tokens):
   """The equations of the family in float64, one head at a time: i[B, L] -> [B, L, V]."""
   params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
   length = np.shape(tokens)[1]
   width = config.head_dim or config.hidden_size // config.num_heads
   group = config.num_heads // config.num_kv_heads
-  angle = np.arange(length)[:, None] * config.rope_theta ** (-np.arange(0, width, 2) / width)
+  angle = np.arange(length)[:, None] * np.array([*frequencies(config, width)])
 
   def norm(x, p):
     return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + config.norm_eps) * p["weight"]
@@ -103,9 +127,19 @@ def response_logprobs(params, prompt, response, temperature=1.0):
   return (scores - np.logaddexp.reduce(scores, -1, keepdims=True))[range(len(response)), response]
 
 
-def sampling(temperature=1.0, top_p=1.0, top_k=0, end_ids=ENDS):
+def sampling(temperature=1.0, top_p=1.0, top_k=0, end_ids=ENDS, stop_table=None):
   truncate = top_p < 1 or top_k > 0
-  return Sampling(temperature, top_p, end_ids, PAD, top_k, truncate)
+  return Sampling(temperature, top_p, end_ids, PAD, top_k, truncate, stop_table)
+
+
+def stop_table():
+  return jnp.asarray(stops.token_table([w.encode() for w in WORDS], [s.encode() for s in STOPS]))
+
+
+def is_over(response):
+  """Whether nothing may follow: an end id is last, or the text holds a stop string."""
+  text = "".join(WORDS[token] for token in response)
+  return any(stop in text for stop in STOPS) or (len(response) > 0 and response[-1] in ENDS)
 
 
 def prompts(count, seed=0):
@@ -152,9 +186,10 @@ class Recorder(Engine):
     self.graded, self.grown, self.fetched = [], [], []
     super().__init__(CONFIG, sampling, rows, T, grade_into(self.graded))
 
-  def grow(self, params, cache, parent, prefix, token, key, ids, limit, *args, **kwargs):
+  def grow(self, params, cache, parent, prefix, token, stop_state, key, ids, limit, *args, **kw):
     self.grown.append((parent, prefix, key, ids, limit))
-    return super().grow(params, cache, parent, prefix, token, key, ids, limit, *args, **kwargs)
+    prefix = prefix, token, stop_state
+    return super().grow(params, cache, parent, *prefix, key, ids, limit, *args, **kw)
 
   def fetch(self, samples, steps):
     self.fetched.append(super().fetch(samples, steps))

@@ -3,26 +3,40 @@
 import abc
 import dataclasses
 import difflib
-from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+
+from spo_jax.config import TaskConfig
 
 SPLITS = ("train", "validation", "test")
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """One question. `uid` is unique within its split, `demonstration` a response that is right."""
+  """One question.
+
+  Attributes:
+    uid: the same in every run; no other problem of the task has it, in any split.
+    prompt: the question, before a prompt template is put around it.
+    answer: what the grader compares with.
+    demonstration: a response that earns the full reward, None where none is known.
+    numbers: what an expression has to use, each once; empty for questions of other kinds.
+  """
 
   uid: int
   prompt: str
   answer: str
   demonstration: str | None
+  numbers: tuple[int, ...] = ()
 
 
 class Grade(NamedTuple):
-  """`reward` of a response and the answer that was read from it, None where there was none."""
+  """`reward` of a response and the answer that was read from it, None where there was none.
+
+  Equal answers are the same text, as far as that can be told without computing.
+  """
 
   reward: float
   extracted: str | None
@@ -31,31 +45,92 @@ class Grade(NamedTuple):
 class Task(abc.ABC):
   """Where problems come from and how a response is judged.
 
+  A task says `split`, `judge` and `from_record`; everything else has a default.
+
   Attributes:
     name: what `task.name` calls it.
-    charset: every character of a generated task's prompts and responses, in the order of their
-      token ids; None for real datasets, which bring a tokenizer of their own.
+    prompt: name of the prompt template that suits it, see `prompts.py`.
+    conclusion: the mark in front of an answer; `repeat_penalty` is for using it twice.
+    question_field: where the rows of a file hold the question, None where other fields make it.
+    charset: every character of the task's prompts and responses, in the order of their token
+      ids; None where a real tokenizer is wanted.
+    skipped: file -> number of its rows that could not be used, of the splits read so far.
+    skipped_rows: the first of them, as `file:line: reason`.
+
+  Raises: ValueError for a penalty that is not a finite number of at least 0.
   """
 
   name: str
-  charset: str | None
+  prompt: ClassVar[str] = "plain"
+  conclusion: ClassVar[str]
+  question_field: ClassVar[str | None] = "question"
+  charset: ClassVar[str | None] = None
+
+  def __init__(self, config: TaskConfig):
+    for key in ("unfinished_penalty", "repeat_penalty"):
+      value = getattr(config, key)
+      if not 0 <= value < float("inf"):
+        raise ValueError(f"task.{key}={value} must be at least 0: it is subtracted from the reward")
+    self._unfinished_penalty = config.unfinished_penalty
+    self._repeat_penalty = config.repeat_penalty
+    self.skipped: dict[str, int] = {}
+    self.skipped_rows: list[str] = []
 
   @abc.abstractmethod
   def split(self, name: str) -> Sequence[Problem]:
     """The problems of "train", "validation" or "test": lazy, only `len()` and `[i]` are cheap.
 
-    Raises: ValueError for any other name.
+    Raises: ValueError for any other name, and where files have no such split.
     """
 
   @abc.abstractmethod
+  def judge(self, problem: Problem, response: str) -> Grade:
+    """1 or 0 for a response that ended by itself.
+
+    Pure, never raises, and bounded in time and memory, because `response` is untrusted model
+    text of any length: without prompt and end-of-text token, but perhaps with null characters
+    and lone surrogates.
+    """
+
+  @abc.abstractmethod
+  def from_record(self, record: Mapping[str, Any], uid: int) -> Problem:
+    """A row of a file as a problem; without its question, one that is good for grading only.
+
+    Raises: ValueError naming the field that is missing or cannot be used.
+    """
+
   def grade(self, problem: Problem, response: str, finished: bool) -> Grade:
-    """Judges one response; pure, and never raises.
+    """Judges one response, see `judge`.
 
     Args:
-      response: untrusted model text, without prompt and end-of-text token.
       finished: False where the response was cut off at its length limit. It then earns 0, less
         the task's unfinished penalty, whatever it says.
     """
+    return self.grade_many([problem], [response], [finished])[0]
+
+  def grade_many(
+    self, problems: Sequence[Problem], responses: Sequence[str], finished: Sequence[bool]
+  ) -> list[Grade]:
+    """`grade` of each response, in order; faster for tasks that judge in processes of their own."""
+    ended = [i for i, has_ended in enumerate(finished) if has_ended]
+    judged = self.judge_many([problems[i] for i in ended], [responses[i] for i in ended])
+    grades = [Grade(0.0 - self._unfinished_penalty, None)] * len(responses)
+    for i, (reward, extracted) in zip(ended, judged, strict=True):
+      repeats = responses[i].count(self.conclusion) > 1
+      grades[i] = Grade(reward - self._repeat_penalty * repeats, extracted)
+    return grades
+
+  def judge_many(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
+    """`judge` of each response."""
+    return [self.judge(*pair) for pair in zip(problems, responses, strict=True)]
+
+  def counters(self) -> dict[str, int]:
+    """What went wrong while grading since the last call, by name; empty for most tasks."""
+    return {}
+
+  def close(self) -> None:
+    """Ends the processes that the task started; the next grading starts them again."""
+    return None
 
 
 def unknown_name(kind: str, name: str, known: Collection[str]) -> ValueError:

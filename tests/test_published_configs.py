@@ -1,0 +1,139 @@
+"""Every published run from rollout to export, with a tiny model of its architecture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+from runs import metrics, summary
+
+from spo_jax import hf, model, sft
+from spo_jax.config import ModelConfig, load
+from spo_jax.tokenizer import bpe_tokenizer
+
+pytest_plugins = ["runs"]
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+PUBLISHED = [path for path in sorted(CONFIGS.glob("*.yaml")) if load(path).model.path]
+TRAINED = [path for path in PUBLISHED if load(path).train.iterations]
+SUPERVISED = [path for path in PUBLISHED if path not in TRAINED]
+
+# What each published model is, at a size that trains in seconds.
+SHAPE = {
+  "hidden_size": 32, "intermediate_size": 48, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2,
+  "max_position": 4096,
+}  # fmt: skip
+ARCHITECTURES = {
+  "realtreetune/": ModelConfig(**SHAPE, tie_embeddings=False),
+  "microsoft/": ModelConfig(**SHAPE, tie_embeddings=False),
+  "deepseek-ai/": ModelConfig(**SHAPE, tie_embeddings=False, qkv_bias=True),
+  "Qwen/": ModelConfig(**SHAPE, tie_embeddings=True, qkv_bias=True),
+}
+CHAT = (
+  "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% endfor %}"
+  "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+ROWS = {
+  "gsm8k": [
+    {"question": f"Ann has {a} pens and buys {b} more. How many pens has she now?",
+     "answer": f"She has {a}+{b} = <<{a}+{b}={a + b}>>{a + b} pens.\n#### {a + b}"}
+    for a in range(2, 12) for b in range(3, 6)
+  ],
+  "math": [
+    {"problem": f"What is ${a} \\cdot {b}$?",
+     "solution": f"We have ${a} \\cdot {b} = \\boxed{{{a * b}}}$.", "answer": str(a * b)}
+    for a in range(2, 12) for b in range(3, 6)
+  ],
+}  # fmt: skip
+SMALLER = [
+  "train.iterations=1", "train.batch_rows=4", "train.micro_batch_rows=2", "rollout.questions=2",
+  "rollout.max_prompt_tokens=256", "rollout.max_response_tokens=24", "eval.problems=4",
+  "eval.validation_problems=4", "task.unfinished_penalty=1", "spo.threshold=1",
+]  # fmt: skip
+SMALLER_BY_ALGORITHM = {
+  "chain": ["rollout.samples=2", "rollout.rows=8", "spo.continuations=2"],
+  "tree": ["spo.branch_factors=[2,2,2]", "spo.segment_tokens=4", "rollout.rows=8",
+           "spo.edges_per_iteration=8"],
+  "grpo": ["rollout.samples=4", "rollout.rows=8"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  """data(task) -> a folder with its train.jsonl, validation.jsonl and test.jsonl."""
+  folder = tmp_path_factory.mktemp("data")
+  for task, rows in ROWS.items():
+    (folder / task).mkdir()
+    for i, split in enumerate(("train", "validation", "test")):
+      lines = map(json.dumps, rows[i::3])
+      (folder / task / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+  return lambda task: folder / task if task in ROWS else None
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+  """tiny_model(name) -> a folder with random weights of the named model's architecture."""
+  texts = [text for rows in ROWS.values() for row in rows for text in row.values()]
+
+  def make(name: str) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "hf"
+    tokenizer = bpe_tokenizer(texts, 400)
+    tokenizer.chat_template = CHAT
+    publisher = next(start for start in ARCHITECTURES if name.startswith(start))
+    shape = ARCHITECTURES[publisher]
+    config = ModelConfig(**{**vars(shape), "vocab_size": len(tokenizer)})
+    hf.save_pretrained(folder, config, model.init_params(config, jax.random.key(0)), tokenizer)
+    return folder
+
+  return make
+
+
+@pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.stem)
+def test_a_published_run_goes_from_rollout_to_export(train, data, tiny_model, tmp_path, path):
+  published = load(path)
+  settings = [
+    f"model.path={tiny_model(published.model.path)}", *SMALLER,
+    *SMALLER_BY_ALGORITHM[published.algorithm],
+  ]  # fmt: skip
+  if folder := data(published.task.name):
+    settings.append(f"task.path={folder}")
+  result = train("--config", path, "--run-dir", tmp_path, "--set", *settings)
+  assert result.code == 0, result.err
+
+  first, last = metrics(tmp_path)
+  assert last["tokens/trained"] > 0 and last["tokens/decoded"] > 0
+  assert last["loss/updates"] >= 1 and last["loss/skipped_nonfinite"] == 0
+  assert {"eval/greedy_accuracy", "eval/validation_accuracy"} <= first.keys() & last.keys()
+  assert (tmp_path / "checkpoints" / "policy" / "1").is_dir()
+  assert summary(tmp_path)["iterations"] == 1
+  config, params = hf.load_pretrained(tmp_path / "model")
+  assert config.vocab_size == params["embed_tokens"].shape[0]
+
+
+@pytest.mark.parametrize("path", SUPERVISED, ids=lambda path: path.stem)
+def test_supervised_training_goes_from_a_folder_to_an_export(data, tiny_model, tmp_path, path):
+  published = load(path)
+  settings = [
+    f"model.path={tiny_model(published.model.path)}", f"task.path={data(published.task.name)}",
+    *SMALLER, *SMALLER_BY_ALGORITHM[published.algorithm], "sft.max_steps=2", "sft.batch_rows=4",
+    "sft.micro_batch_rows=2", "sft.check_problems=4", "rollout.max_response_tokens=48",
+  ]  # fmt: skip
+  code = sft.main(["--config", str(path), "--run-dir", str(tmp_path), "--set", *settings])
+  assert code == 0
+  assert [record["iteration"] for record in metrics(tmp_path)] == [0]
+  assert [record["iteration"] for record in metrics(tmp_path / "warm_start")] == [2]
+  before = hf.load_pretrained(settings[0].partition("=")[2])[1]
+  after = hf.load_pretrained(tmp_path / "model")[1]
+  moved = jax.tree.map(lambda x, y: bool((x != y).any()), before, after)
+  assert all(jax.tree.leaves(moved))
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_a_published_run_says_its_command_its_hardware_and_its_result(path):
+  header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+  text = "\n".join(header)
+  program = "train" if path in TRAINED else "sft"
+  assert f"python -m spo_jax.{program} --config configs/{path.name}" in text
+  assert "# Hardware: " in text and "# Published" in text
