@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import sys
@@ -28,14 +27,12 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from spo_jax import __version__, metrics, rollouts, runlog, validation
-from spo_jax.checkpoint import Checkpoints
 from spo_jax.config import Config, changed_keys, config_at, load
 from spo_jax.experiment import Experiment, Purpose, build
 from spo_jax.layout import select
 from spo_jax.model import Params, count_params
-from spo_jax.run import state_template
+from spo_jax.sources import Source, digest, find_source, load_params
 from spo_jax.structs import Prompts, Trajectories
-from spo_jax.update import make_optimizer
 
 
 class Preset(NamedTuple):
@@ -74,65 +71,6 @@ _WHOLE_SPLIT = 1_000_000  # a larger one is generated without end
 # What the tokenizer of a new model was made of, see `experiment.build`.
 _TOKENIZER_KEYS = {"seed", "task.name", "task.path", "task.numbers", "task.largest",
                    "model.tokenizer_tokens"}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Source:
-  """Where parameters come from: a Hugging Face model, or step `step` of a training run.
-
-  Attributes:
-    model: resolved path, or a hub name; run: the configuration of a training run.
-    kind: "policy" or "best", which checkpoints of the run.
-  """
-
-  model: str
-  run: Config | None = None
-  kind: str = "policy"
-  step: int | None = None
-
-  @property
-  def checkpoints(self) -> Path:
-    return Path(self.model) / "checkpoints" / self.kind
-
-  def digest(self) -> str | None:
-    """Changes when the weights are written anew; None for a hub name."""
-    if self.run is None:
-      files = sorted(Path(self.model).glob("*.safetensors"))
-    else:
-      files = sorted((self.checkpoints / str(self.step)).rglob("*"))
-    stats = [(path.name, path.stat()) for path in files if path.is_file()]
-    written = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    return _digest(repr(written).encode()) if written else None
-
-
-def find_source(model: str, checkpoint: str | None) -> Source:
-  """What `--model` and `--checkpoint` name.
-
-  Raises: ValueError, one line, where there is no such thing.
-  """
-  folder = Path(model)
-  if not (folder / "config.yaml").is_file():
-    if checkpoint is not None:
-      raise ValueError(f"--checkpoint {checkpoint} picks one of a training run, and {model} is "
-                       "none. Leave it out.")  # fmt: skip
-    if folder.is_dir() and not (folder / "config.json").is_file():
-      raise ValueError(f"--model {model} holds neither config.json, as a Hugging Face folder does, "
-                       "nor config.yaml, as a training run does.")  # fmt: skip
-    return Source(str(folder.resolve()) if folder.exists() else model)
-  kind = "best" if checkpoint == "best" else "policy"
-  source = Source(str(folder.resolve()), load(folder / "config.yaml"), kind)
-  # Complete checkpoints only: a half-written one has another name.
-  paths = source.checkpoints.glob("*") if source.checkpoints.is_dir() else []
-  steps = sorted(int(path.name) for path in paths if path.name.isdecimal())
-  if not steps:
-    hint = " A run keeps its best where eval.validation_problems is set." * (kind == "best")
-    raise ValueError(f"{source.checkpoints} holds no checkpoint.{hint}")
-  if checkpoint in (None, "latest", "best"):
-    return dataclasses.replace(source, step=steps[-1])
-  if checkpoint not in map(str, steps):
-    raise ValueError(f"--checkpoint {checkpoint} is none of latest, best, "
-                     f"{', '.join(map(str, steps))}.")  # fmt: skip
-  return dataclasses.replace(source, step=int(checkpoint))
 
 
 def configure(options: argparse.Namespace, source: Source) -> Config:
@@ -179,20 +117,6 @@ def configure(options: argparse.Namespace, source: Source) -> Config:
   return config
 
 
-def load_params(source: Source, experiment: Experiment) -> Params:
-  """Parameters on the device.
-
-  Raises: ValueError, one line, where a Hugging Face folder does not hold the model it describes.
-  """
-  if source.step is None:
-    return experiment.init_params()
-  template: Any = state_template(experiment, make_optimizer(experiment.config.optimizer))
-  is_best = source.kind == "best"  # of which the parameters alone are kept
-  with Checkpoints(source.checkpoints, keep=experiment.config.checkpoint.keep) as checkpoints:
-    restored, _, _ = checkpoints.restore(source.step, template.params if is_best else template)
-  return restored if is_best else restored.params
-
-
 @dataclass(frozen=True)
 class Evaluation:
   """What is asked, how, and where the answers go."""
@@ -211,19 +135,19 @@ def prepare(options: argparse.Namespace) -> Evaluation:
   """
   source = find_source(options.model, options.checkpoint)
   config = configure(options, source)
-  experiment = build(config)
+  experiment = build(config, training=False)
   size = len(experiment.split(options.split))
-  is_limited = options.limit is not None or size > _WHOLE_SPLIT
+  is_limited = options.limit or size > _WHOLE_SPLIT
   prompts = experiment.held_out(options.split, config.eval.problems if is_limited else size)
   names = ("rows", "samples", "max_prompt_tokens", "max_response_tokens", "stop")
   settings = {
     "model": source.model,
     "checkpoint": source.step,
-    "weights": source.digest(),
+    "weights": source.weights(),
     "task": dataclasses.asdict(config.task),
     "split": options.split,
     "questions": len(prompts.lengths),
-    "prompts": _digest(prompts.tokens.tobytes(), repr(prompts.problems).encode()),
+    "prompts": digest(prompts.tokens.tobytes(), repr(prompts.problems).encode()),
     "temperature": config.eval.temperature,
     "top_p": config.eval.top_p,
     "seed": options.seed,
@@ -235,10 +159,6 @@ def prepare(options: argparse.Namespace) -> Evaluation:
   evaluation = Evaluation(source, experiment, prompts, runlog.plain(settings), output)
   _check_output(evaluation)
   return evaluation
-
-
-def _digest(*parts: bytes) -> str:
-  return hashlib.blake2b(b"".join(parts), digest_size=8).hexdigest()
 
 
 def _check_output(evaluation: Evaluation) -> None:
@@ -432,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"model: {settings['model']}, {count_params(experiment.model_config):,} parameters\n"
         f"task: {experiment.config.task.name}, {settings['questions']} questions of the "
         f"{settings['split']} split, {settings['samples']} samples each", flush=True)  # fmt: skip
-  with contextlib.closing(experiment.task):
+  with contextlib.closing(experiment.task), jax.set_mesh(experiment.mesh):
     try:
       done = answer(evaluation, params)
       show(summarise(evaluation, time.perf_counter() - started, done), output)

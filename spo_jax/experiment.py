@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from spo_jax import hf, model, prompts, stops, tokenizer, validation
-from spo_jax.config import Config, ModelConfig, check_context, config_at
+from spo_jax import hf, model, prompts, sharding, stops, tokenizer, validation
+from spo_jax.config import Config, ConfigError, ModelConfig, check_context, config_at
 from spo_jax.layout import behind_prompts, select
 from spo_jax.rollouts import Engine
 from spo_jax.structs import Prompts, Samples, Sampling
@@ -50,6 +51,7 @@ class Experiment:
   tokenizer: Any
   template: str
   engine: Engine
+  mesh: Mesh
   left_out: dict[str, int] = field(default_factory=dict)
   _splits: dict[str, Sequence[Problem]] = field(default_factory=dict)
   _held_out: dict[tuple[str, int], Prompts] = field(default_factory=dict)
@@ -68,10 +70,11 @@ class Experiment:
     return dataclasses.replace(self, config=config)
 
   def init_params(self) -> model.Params:
-    """Float32 parameters to start from: those of model.path, or fresh ones."""
+    """Float32 parameters to start from, on the mesh: those of model.path, or fresh ones."""
     if self.config.model.path:
-      return hf.load_pretrained(self.config.model.path, dtype=jnp.float32)[1]
-    return model.init_params(self.model_config, self.key(Purpose.INIT))
+      return hf.load_pretrained(self.config.model.path, jnp.float32, self.mesh)[1]
+    params = model.init_params(self.model_config, self.key(Purpose.INIT))
+    return jax.device_put(params, sharding.placements(params, self.mesh))
 
   def split(self, name: str) -> Sequence[Problem]:
     """The problems of a split whose prompts fit into rollout.max_prompt_tokens."""
@@ -177,8 +180,8 @@ class Experiment:
     # Tokenizers may know more tokens than the model; only their use is a mistake.
     if (highest := int(tokens.max(initial=0))) >= self.model_config.vocab_size:
       raise ValueError(
-        f"model.path={self.config.model.path}: a prompt holds token {highest} of its tokenizer, its "
-        f"model has {self.model_config.vocab_size}. Take the tokenizer that belongs to the model."
+        f"model.path={self.config.model.path}: a prompt holds token {highest} of its tokenizer, "
+        f"its model has {self.model_config.vocab_size}. Take the tokenizer of this model."
       )
     uids = np.array([p.uid for p in problems], np.int64)
     return Prompts(tokens, lengths, uids, tuple(problems))
@@ -190,15 +193,19 @@ class Experiment:
     return tokenizer.token_ids(self.tokenizer, texts, add_special_tokens=False)
 
 
-def build(config: Config) -> Experiment:
+def build(config: Config, training: bool = True) -> Experiment:
   """Loads everything a run needs except parameters.
 
+  Args:
+    training: whether every split that training asks for must be there, and fit.
   Raises:
     ValueError: one line, where task, tokenizer and configuration do not fit together.
   """
   task = load_task(config.task, config.seed)
   tokens = _load_tokenizer(config, task)
   model_config = _model_config(config, tokens)
+  if config.checkpoint.export:
+    hf.export_family(model_config)  # raises now what would be raised after training
   path, rollout = config.model.path, config.rollout
   ends = hf.end_ids(path, tokens) if path else tokenizer.eos_ids(tokens)
 
@@ -220,8 +227,11 @@ def build(config: Config) -> Experiment:
   )
   engine = Engine(model_config, sampling, rollout.rows, rollout.max_response_tokens, grade)
   template = task.prompt if config.task.prompt == "default" else config.task.prompt
-  experiment = Experiment(config, model_config, task, tokens, template, engine)
-  _check_lengths(experiment)
+  mesh = sharding.make_mesh(config.mesh)
+  _check_rows(config, mesh, training)
+  experiment = Experiment(config, model_config, task, tokens, template, engine, mesh)
+  if training:
+    _check_lengths(experiment)
   return experiment
 
 
@@ -231,6 +241,11 @@ def _load_tokenizer(config: Config, task: Task) -> Any:
     return tokenizer.load_tokenizer(config.model.path)
   if task.charset is not None:
     return tokenizer.character_tokenizer(task.charset)
+  if config.checkpoint.export and hf.export_family(config.model) == "qwen2":
+    raise ValueError(
+      f"task.name={config.task.name} trains a tokenizer, and transformers would read it as Qwen2's "
+      "in an exported folder. Set model.qkv_bias=false, or checkpoint.export=false."
+    )
   return tokenizer.bpe_tokenizer(_texts(task.split("train")), config.model.tokenizer_tokens)
 
 
@@ -250,6 +265,23 @@ def _model_config(config: Config, tokens: Any) -> ModelConfig:
       "Set model.vocab_size=0."
     )
   return dataclasses.replace(config.model, vocab_size=len(tokens))
+
+
+def _check_rows(config: Config, mesh: Mesh, training: bool) -> None:
+  """Raises ConfigError where rows cannot be shared out evenly."""
+  shards = sharding.row_shards(mesh)
+  sft_rows = config.sft.micro_batch_rows or config.sft.batch_rows
+  rows = {
+    "rollout.rows": config.rollout.rows,
+    "train.micro_batch_rows": config.train.micro_batch_rows if training else shards,
+    "sft.micro_batch_rows": sft_rows if config.sft.max_steps else shards,
+  }
+  for key, count in rows.items():
+    if count % shards:
+      raise ConfigError(
+        f"{key}={count} cannot be shared out to mesh.data x mesh.fsdp = {shards} devices. Set it "
+        f"to a multiple of {shards}."
+      )
 
 
 def _check_lengths(experiment: Experiment) -> None:

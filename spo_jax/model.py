@@ -14,6 +14,7 @@ import numpy as np
 from flax import linen as nn
 
 from spo_jax.config import ConfigError, ModelConfig
+from spo_jax.sharding import constrain
 from spo_jax.structs import KVCache
 
 Params = Any  # nested dict of arrays
@@ -113,7 +114,7 @@ class Attention(nn.Module):
 
     def project(heads: int, name: str) -> jax.Array:
       out = _dense(heads * width, name, x, use_bias=c.qkv_bias)
-      return out.reshape(*x.shape[:-1], heads, width)
+      return constrain(out.reshape(*x.shape[:-1], heads, width), "heads")
 
     q = project(c.num_heads, "q_proj")
     k = project(c.num_kv_heads, "k_proj")
@@ -125,11 +126,19 @@ class Attention(nn.Module):
     if past is None:
       keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
     else:
-      # Slots past the capacity are dropped by JAX: rows that are done may point there.
-      rows = jnp.arange(x.shape[0])[:, None]
-      keys, values = (old.at[rows, :, positions].set(new) for old, new in zip(past, (k, v)))
-    out = attend(q, keys, values, mask).reshape(*x.shape[:-1], -1)
+      keys, values = (_store(old, positions, new) for old, new in zip(past, (k, v)))
+    keys, values = constrain(keys, "cache"), constrain(values, "cache")
+    out = constrain(attend(q, keys, values, mask), "heads").reshape(*x.shape[:-1], -1)
     return _dense(c.hidden_size, "o_proj", out, use_bias=c.o_bias), (keys, values)
+
+
+@jax.vmap
+def _store(old: jax.Array, positions: jax.Array, new: jax.Array) -> jax.Array:
+  """Per row: [K, C, H] with [T, K, H] in slots i32[T].
+
+  Slots past the capacity are dropped by JAX: rows that are done may point there.
+  """
+  return old.at[:, positions].set(new.swapaxes(0, 1))
 
 
 class MLP(nn.Module):
@@ -142,7 +151,8 @@ class MLP(nn.Module):
     c = self.config
     gate = nn.silu(_dense(c.intermediate_size, "gate_proj", x, use_bias=c.mlp_bias))
     up = _dense(c.intermediate_size, "up_proj", x, use_bias=c.mlp_bias)
-    return _dense(c.hidden_size, "down_proj", gate * up, use_bias=c.mlp_bias)
+    inner = constrain(gate * up, "channels")
+    return _dense(c.hidden_size, "down_proj", inner, use_bias=c.mlp_bias)
 
 
 class DecoderLayer(nn.Module):
@@ -159,9 +169,9 @@ class DecoderLayer(nn.Module):
     eps = self.config.norm_eps
     normed = RMSNorm(eps, name="input_layernorm")(x)
     out, present = Attention(self.config, name="self_attn")(normed, positions, mask, past)
-    x = x + out
+    x = constrain(x + out, "rows")
     normed = RMSNorm(eps, name="post_attention_layernorm")(x)
-    return x + MLP(self.config, name="mlp")(normed), present
+    return constrain(x + MLP(self.config, name="mlp")(normed), "rows"), present
 
 
 class Decoder(nn.Module):
@@ -187,7 +197,7 @@ class Decoder(nn.Module):
     embedding = self.param("embed_tokens", _INIT, (c.vocab_size, c.hidden_size), jnp.float32)
     if not c.tie_embeddings:
       self.param("lm_head", _INIT, (c.hidden_size, c.vocab_size), jnp.float32)
-    x = embedding[tokens].astype(c.compute_dtype)
+    x = constrain(embedding[tokens].astype(c.compute_dtype), "rows")
     presents = []
     for i in range(c.num_layers):
       past = (cache.keys[i], cache.values[i]) if cache is not None else None
@@ -274,4 +284,4 @@ def decode_step(
   scores = jnp.einsum(
     "be,ev->bv", hidden[:, 0], head_weight(config, params), preferred_element_type=jnp.float32
   )
-  return scores, KVCache(keys=keys, values=values, length=cache.length + 1)
+  return constrain(scores, "logits"), KVCache(keys=keys, values=values, length=cache.length + 1)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spo_jax import hf, model, runlog
+from spo_jax import hf, model, runlog, sharding
 from spo_jax.checkpoint import Checkpoints
 from spo_jax.compiles import CompileCount
 from spo_jax.experiment import Experiment
@@ -40,12 +40,14 @@ def state_template(
   experiment: Experiment, optimizer: optax.GradientTransformation
 ) -> TrainState:
   """Shapes, dtypes and placement of a train state, without its values."""
-  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   shapes = jax.eval_shape(
     lambda key: init_state(model.init_params(experiment.model_config, key), optimizer),
     jax.random.key(0),
   )
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+  places = sharding.placements(shapes, experiment.mesh)
+  return jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+  )
 
 
 class Run:
@@ -76,7 +78,8 @@ class Run:
   def _begin(self) -> None:
     self.log.resume_at(-1)
     params = warm_start(self.experiment, self.run_dir, self.compiles)
-    self.state = init_state(params, self.optimizer)
+    state = init_state(params, self.optimizer)
+    self.state = jax.device_put(state, sharding.placements(state, self.experiment.mesh))
     if self._needs_reference:
       self.reference = jax.tree.map(jnp.copy, params)  # the state's own buffers are donated
       with Checkpoints(self._reference_dir, keep=1) as checkpoints:
@@ -172,8 +175,9 @@ class Run:
     params, best = self._best()
     if self.experiment.config.checkpoint.export:
       hf.save_pretrained(
-        self.run_dir / "model", self.experiment.model_config, params, self.experiment.tokenizer
-      )
+        self.run_dir / "model", self.experiment.model_config, params, self.experiment.tokenizer,
+        self.experiment.engine.sampling.end_ids,
+      )  # fmt: skip
     evaluated = [r for r in runlog.read_metrics(self.run_dir) if "eval/greedy_accuracy" in r]
     names = [name for _, name in runlog.ACCURACIES]
     summary = {

@@ -103,8 +103,10 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[byt
 def _decoder_steps(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
   """The decoder of a fast tokenizer as a list of its steps."""
   decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
-  state = json.loads(decoder.__getstate__()) if decoder is not None else {"type": "None"}
-  steps = state["decoders"] if state["type"] == "Sequence" else [state]
+  state: dict[str, Any] = {"type": "None"}
+  if decoder is not None:
+    state = json.loads(decoder.__getstate__())
+  steps: list[dict[str, Any]] = state["decoders"] if state["type"] == "Sequence" else [state]
   known = {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip"}
   for step in steps:
     is_regex = step["type"] == "Replace" and "String" not in step["pattern"]

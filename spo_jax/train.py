@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spo_jax import __version__, packing, runlog
+from spo_jax import __version__, packing, runlog, sharding
 from spo_jax.algorithms import collect
 from spo_jax.compiles import CompileCount
 from spo_jax.config import Config, ConfigError, changed_keys, load, to_yaml
@@ -37,7 +37,7 @@ from spo_jax.update import policy_update, summarise
 def train(experiment: Experiment, run_dir: Path, log: runlog.RunLog) -> dict[str, Any]:
   """Runs, or continues, the run of `run_dir`; returns its summary."""
   config = experiment.config
-  with CompileCount() as compiles:
+  with CompileCount() as compiles, jax.set_mesh(experiment.mesh):
     run = Run(experiment, run_dir, log, compiles)
     try:
       with runlog.progress(config.algorithm, config.train.iterations, run.iteration) as bar:
@@ -68,14 +68,17 @@ _LIVE = {
 def learn(run: Run, rows: TrainRows, iteration: int) -> dict[str, float]:
   """The policy updates of one iteration; nothing crosses to the host inside one."""
   config = run.experiment.config
-  temperature = jax.device_put(np.float32(config.rollout.temperature))
+  mesh = run.experiment.mesh
+  temperature = sharding.place(np.float32(config.rollout.temperature), "scalar", mesh)
   measured, tokens = [], 0
   for batch, used in packing.optimiser_batches(
     rows, config.train.batch_rows, config.train.micro_batch_rows, config.train.epochs,
     run.experiment.rng(Purpose.SHUFFLE, iteration),
   ):  # fmt: skip
     tokens += int(batch.is_token.sum())
-    on_device = jax.device_put((batch, np.int32(used)))
+    on_device = (
+      sharding.place(batch, "micro_batches", mesh), sharding.place(np.int32(used), "scalar", mesh)
+    )  # fmt: skip
     with jax.transfer_guard("disallow"):
       run.state, metrics = policy_update(
         run.experiment.model_config, config.train, run.optimizer, run.state, run.reference,
@@ -147,7 +150,7 @@ def plan(experiment: Experiment) -> str:
   left_out = {**skipped, **experiment.left_out}
   return "\n".join((
     f"spo_jax {__version__}, jax {jax.__version__}, device {devices[0].device_kind} "
-    f"(1 of {len(devices)} used)",
+    f"({experiment.mesh.size} of {len(devices)} used, mesh {dict(experiment.mesh.shape)})",
     f"model: {config.model.path or 'new'}, {count_params(experiment.model_config):,} parameters, "
     f"vocabulary {experiment.model_config.vocab_size}",
     f"task: {config.task.name}; warm start: at most {config.sft.max_steps} steps",

@@ -19,6 +19,7 @@ from spo_jax.advantages import whiten
 from spo_jax.compiles import program
 from spo_jax.config import ModelConfig, OptimizerConfig, TrainConfig
 from spo_jax.losses import kl_loss, policy_loss, token_logprobs
+from spo_jax.sharding import constrain, constrain_parameters
 from spo_jax.structs import TrainRows, TrainState
 
 
@@ -121,6 +122,7 @@ def policy_update(
     divergence /= kl_rows if kl.aggregation == "sequence_sum" else kl_tokens
     return policy + kl.coefficient * divergence, {"policy": policy, "kl": divergence, **sums}
 
+  batch = jax.tree.map(lambda x: constrain(x, "micro_batches"), batch)
   value, sums, grads = _accumulate(loss, state.params, batch, used)
   mean_ratio = sums["ratio_sum"] / total_tokens
   norm = optax.tree.norm(grads)
@@ -179,7 +181,8 @@ def supervised_update(
     return -jnp.sum(jnp.where(mask, logprobs, 0.0)) / count, ()
 
   batch = jax.tree.map(
-    lambda x: x.reshape(-1, micro_rows, x.shape[1]), (tokens, is_token, mask)
+    lambda x: constrain(x.reshape(-1, micro_rows, x.shape[1]), "micro_batches"),
+    (tokens, is_token, mask),
   )
   value, _, grads = _accumulate(loss, state.params, batch, len(batch[0]))
   return _apply(optimizer, state, grads, jnp.isfinite(value)), value
@@ -191,6 +194,7 @@ def _accumulate(loss: Any, params: model.Params, batch: Any, used: jax.Array | i
   def add(i: jax.Array, carry: Any) -> Any:
     rows = jax.tree.map(lambda x: x[i], batch)
     (value, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, rows)
+    grads = constrain_parameters(grads)
     return jax.tree.map(jnp.add, carry, (value, sums, grads))
 
   first = jax.tree.map(lambda x: x[0], batch)
@@ -209,4 +213,4 @@ def _apply(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
 
-  return jax.lax.cond(wanted, step, lambda: state)
+  return constrain_parameters(jax.lax.cond(wanted, step, lambda: state))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from spo_jax import runlog
+import jax
+
+from spo_jax import runlog, sharding
 from spo_jax.checkpoint import Checkpoints
 from spo_jax.compiles import CompileCount
 from spo_jax.experiment import Experiment
@@ -21,6 +23,7 @@ def warm_start(experiment: Experiment, run_dir: Path, compiles: CompileCount) ->
   settings = experiment.config.sft
   optimizer = make_optimizer(settings.optimizer)
   state = init_state(experiment.init_params(), optimizer)
+  state = jax.device_put(state, sharding.placements(state, experiment.mesh))
   if not settings.max_steps:
     return state.params
   checkpoints = Checkpoints(run_dir / "checkpoints" / "warm_start", keep=1)

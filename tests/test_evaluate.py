@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from spo_jax import evaluate, hf, model, tasks
-from spo_jax.config import ModelConfig
+from spo_jax.config import ModelConfig, load
 from spo_jax.metrics import summarise
 from spo_jax.tasks import Grade, Problem, Task
 from spo_jax.tokenizer import bpe_tokenizer, character_tokenizer
@@ -219,8 +219,10 @@ def test_equal_questions_get_samples_of_their_own(run, folder, tmp_path, monkeyp
 def test_a_limit_takes_the_first_questions_and_a_split_is_taken_whole(run, folder, tmp_path):
   command = ["--model", folder, "--task", "guess", *ROOM]
   assert run(*command, "--limit", 3, "--output", tmp_path / "a")[0] == 0
-  assert run(*command, "--limit", 99, "--split", "train", "--output", tmp_path / "b")[0] == 0
+  assert run(*command, "--set", "eval.problems=2", "--split", "train",
+             "--output", tmp_path / "b")[0] == 0  # fmt: skip
   assert [row["question"] for row in records(tmp_path / "a")] == [100, 101, 102]
+  # eval.problems is for the evaluations within a training run, and for endless splits.
   assert [row["question"] for row in records(tmp_path / "b")] == list(range(QUESTIONS))
 
 
@@ -283,8 +285,11 @@ def test_ctrl_c_says_how_to_go_on(run, folder, sampled, tmp_path, monkeypatch):
   code, _, err = run(*command)
   assert code == 130 and str(output) in err and err.count("\n") == 1
   assert len(records(output)) == 12 and not (output / "summary.json").exists()
-  assert run(*command)[0] == 0
+  code, out, _ = run(*command)
+  assert code == 0
   assert_same(output, sampled)
+  live = re.findall(r"^evaluate (\d)/7 accuracy ([\d.]+)", out, re.M)
+  assert live == [("6", live[0][1]), ("7", f"{summary(sampled)['accuracy']:.3f}")]
 
 
 KILLED = """
@@ -420,6 +425,11 @@ def test_what_cannot_be_evaluated_is_said_in_one_line_and_leaves_nothing(
   assert content(folder) == before
 
 
+def test_an_error_of_several_lines_becomes_one(refuse, folder, monkeypatch):
+  monkeypatch.setattr(Guess, "__init__", lambda *_: (_ for _ in ()).throw(ValueError("a\n  b")))
+  assert "error: a b" in refuse("--model", folder, "--task", "guess", *ROOM)
+
+
 def test_broken_weights_are_said_in_one_line_and_leave_nothing(refuse, folder, tmp_path):
   broken = save(tmp_path / "hf", character_tokenizer(CHARSET))
   (weights,) = broken.glob("*.safetensors")
@@ -535,6 +545,29 @@ def test_a_run_keeps_its_own_lengths_under_a_preset(finished):
   assert (rollout.samples, rollout.rows) == (16, 16)
 
 
+def test_a_run_brings_its_task_and_lengths_and_nothing_that_only_training_wants(tmp_path):
+  (tmp_path / "config.yaml").write_text("""
+algorithm: tree
+schedule: ["3: rollout.max_response_tokens=90"]
+model: {path: owner/name}
+task: {name: gsm8k, path: mine.jsonl, prompt: boxed}
+rollout: {samples: 5, rows: 6, max_response_tokens: 80}
+spo: {branch_factors: [2, 3], segment_tokens: 70}
+train: {iterations: 3}
+sft: {max_steps: 6}
+eval: {validation_problems: 4, temperature: 0.7}
+""")
+  source = evaluate.Source(str(tmp_path), load(tmp_path / "config.yaml"), step=3)
+  config = evaluate.configure(parsed("--rows", "4", "--samples", "2"), source)
+  assert (config.rollout.rows, config.rollout.max_response_tokens, config.schedule) == (4, 90, ())
+  assert (config.sft.max_steps, config.eval.validation_problems) == (0, 0)
+  assert (config.rollout.samples, config.eval.temperature) == (2, 0.7)
+  assert (config.task.path, config.task.prompt) == ("mine.jsonl", "boxed")
+  other = evaluate.configure(parsed("--task", "math"), source)
+  assert (other.rollout.samples, other.eval.temperature) == (1, 0)
+  assert (other.task.path, other.task.prompt) == (None, "default")
+
+
 def test_grade_school_problems_of_ones_own_go_through_a_chat_free_template(run, tmp_path):
   rows = [{"question": f"What is {a} and {a}?", "answer": f"It is {2 * a}.\n#### {2 * a}"}
           for a in range(9)]  # fmt: skip
@@ -552,3 +585,18 @@ def test_grade_school_problems_of_ones_own_go_through_a_chat_free_template(run, 
   assert (got["questions"], got["samples"], got["settings"]["temperature"]) == (3, 2, 0.35)
   asked = [row["prompt"] for row in records(tmp_path / "a")[::2]]
   assert asked == [row["question"] for row in rows[:3]]
+  assert got["left_out"] == {"test questions of more than 40 tokens": 0}
+
+
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_data_of_one_split_alone_can_be_evaluated(run, tmp_path, split):
+  rows = [{"question": f"What is {a} and {a}?", "answer": f"#### {2 * a}"} for a in range(12)]
+  (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  tokenizer = bpe_tokenizer([text for row in rows for text in row.values()], 300)
+  folder = save(tmp_path / "hf", tokenizer)
+  code, _, err = run(
+    "--model", folder, "--task", "gsm8k", "--task-path", tmp_path / f"{split}.jsonl", "--prompt",
+    "{question}", *ROOM, "--max-prompt-tokens", 40, "--split", split, "--output", tmp_path / "a",
+  )  # fmt: skip
+  assert (code, err) == (0, "")
+  assert len(records(tmp_path / "a")) == (12 if split == "test" else 11)  # one is for validation

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from spo_jax.config import TaskConfig
 from spo_jax.tasks import Grade, Problem, load_task
-from spo_jax.tasks.math import MAX_ANSWER_CHARS, Math, answer_of, quick_verdict, tidy
+from spo_jax.tasks.math import MAX_ANSWER_CHARS, MAX_DEPTH, Math, answer_of, quick_verdict, tidy
 
 pytest.importorskip("math_verify", reason="pip install 'spo_jax[math]'")
 
@@ -124,6 +124,29 @@ def test_extracted_answers_that_only_look_different_are_one_text():
   assert tidy("-007") == "-7" and tidy("1,000") == "1000" and tidy("1,00") == "1,00"
   assert tidy("\\left( 1 , 2 \\right)") == "(1,2)"
   assert tidy("\\leftarrow") == "\\leftarrow"
+
+
+@pytest.mark.parametrize(
+  ("response", "answer"),
+  [
+    (r"\boxed{x \} y} z}", r"x \} y"),
+    (r"\boxed{\{1, 2\}} }", r"\{1, 2\}"),
+    (r"\boxed{\frac{1}{\sqrt{2}}}, so", r"\frac{1}{\sqrt{2}}"),
+    (r"\boxed{\boxed{5} + 1}", "5"),
+    (r"\boxed{1} \boxed{2", None),
+    (r"\boxed 7$", "7"),
+    (r"\fbox{8}", "8"),
+    (rf"\boxed{{{'y' * MAX_ANSWER_CHARS}}}", "y" * MAX_ANSWER_CHARS),
+    (rf"\boxed{{{'y' * (MAX_ANSWER_CHARS + 1)}}}", None),
+    (rf"\boxed{{{'(' * MAX_DEPTH}1{')' * MAX_DEPTH}}}", "(" * MAX_DEPTH + "1" + ")" * MAX_DEPTH),
+    (rf"\boxed{{{'(' * MAX_DEPTH}[1]{')' * MAX_DEPTH}}}", None),
+    ("So the answer is $5$.\nThat is all.", "5"),
+    ("5", None),
+  ],
+  ids=lambda text: ascii(text)[:40],
+)
+def test_the_answer_is_the_last_whole_box(response, answer):
+  assert answer_of(response) == answer
 
 
 def test_what_needs_no_computation_goes_to_no_worker():

@@ -126,6 +126,16 @@ def test_a_bad_call_costs_only_itself(pool, text, count):
   assert not any(pool.counters().values())
 
 
+@pytest.mark.parametrize("text", ["spin", "compute"])
+def test_computing_is_limited_whatever_the_clock_says(text):
+  pool = WorkerPool(obey, 1, warm_up=["warm"], timeout_s=200.0, cpu_s=1)
+  start = time.monotonic()
+  assert pool.map([(text,)]) == [None]
+  assert time.monotonic() - start < 100
+  assert pool.counters() == {"timeouts": 1, "crashes": 0, "errors": 0}
+  pool.close()
+
+
 def test_memory_is_limited(pool):
   assert pool.map([("eat", str(2**28))]) == [2**28]
   assert pool.map([("eat", str(2**32))]) == [None]

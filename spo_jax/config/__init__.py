@@ -7,6 +7,7 @@ from spo_jax.config.schema import (
   ConfigError,
   EvalConfig,
   KLConfig,
+  MeshConfig,
   ModelConfig,
   OptimizerConfig,
   RolloutConfig,
@@ -17,7 +18,7 @@ from spo_jax.config.schema import (
 )
 
 __all__ = [
-  "Config", "ConfigError", "EvalConfig", "KLConfig", "ModelConfig", "OptimizerConfig",
-  "RolloutConfig", "RopeScaling", "SFTConfig", "TaskConfig", "TrainConfig", "changed_keys",
-  "check_context", "config_at", "known_keys", "load", "to_yaml", "validate",
+  "Config", "ConfigError", "EvalConfig", "KLConfig", "MeshConfig", "ModelConfig",
+  "OptimizerConfig", "RolloutConfig", "RopeScaling", "SFTConfig", "TaskConfig", "TrainConfig",
+  "changed_keys", "check_context", "config_at", "known_keys", "load", "to_yaml", "validate",
 ]  # fmt: skip

@@ -93,6 +93,12 @@ def _validate_shape(model: ModelConfig) -> None:
       f"model.hidden_size={model.hidden_size} is not divisible by model.num_heads="
       f"{model.num_heads}. Set model.head_dim, or change one of them."
     )
+  rope = model.rope_scaling
+  if rope.kind == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:
+    raise ConfigError(
+      f"model.rope_scaling.high_freq_factor={rope.high_freq_factor} must be above "
+      f"model.rope_scaling.low_freq_factor={rope.low_freq_factor}. Raise it."
+    )
   width = model.head_dim or model.hidden_size // model.num_heads
   if width % 2:
     raise ConfigError(
@@ -143,8 +149,9 @@ def _validate_ranges(config: Config) -> None:
     if not low <= (value := get(config, key)) <= _LARGEST:  # False for NaN too
       raise ConfigError(f"{key}={value} must be a number from {low:g} to {_LARGEST}.")
   for name, size in dataclasses.asdict(config.mesh).items():
-    if size not in (-1, 1):
-      raise ConfigError(f"mesh.{name}={size}: a run uses one device so far. Set mesh.{name}=1.")
+    if size != -1 and not 1 <= size <= _LARGEST:
+      raise ConfigError(f"mesh.{name}={size} is no number of devices. Set 1 or more, or -1 for all "
+                        "that are left.")  # fmt: skip
   if config.rollout.temperature == 0:
     raise ConfigError("rollout.temperature=0 samples without exploring. Set it above 0, e.g. 0.6.")
   for section in ("optimizer", "sft.optimizer"):

@@ -69,7 +69,7 @@ class TaskConfig:
   numbers: int = 3  # countdown: numbers per problem
   largest: int = 99  # countdown: largest number and target
   unfinished_penalty: float = 0.0  # subtracted from the reward of a response that never ends
-  repeat_penalty: float = 0.0  # gsm8k: subtracted where a response concludes more than once
+  repeat_penalty: float = 0.0  # subtracted where a response concludes more than once
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-  """Axes of the device mesh. Runs use one device so far, so no axis may be larger than 1."""
+  """Axes of the device mesh, see sharding.py."""
 
   data: int = -1  # -1: all devices that are left
   fsdp: int = 1

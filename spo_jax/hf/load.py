@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh
 
-from spo_jax import model
+from spo_jax import model, sharding
 from spo_jax.config import ConfigError, ModelConfig
 from spo_jax.hf.configs import parse_config
 from spo_jax.hf.folders import find_folder, read_json
@@ -86,13 +86,9 @@ def _load_tensor(
   if mesh is None:
     array = jax.device_put(read())
   else:
-    array = jax.make_array_from_callback(slot.shape, _placement(slot.path, mesh), read)
+    place = sharding.placement("/".join(slot.path), slot.shape, mesh)
+    array = jax.make_array_from_callback(slot.shape, place, read)
   return array.block_until_ready()  # a transfer under way would keep its source
-
-
-def _placement(path: tuple[str, ...], mesh: Mesh) -> Sharding:
-  """Where a parameter lives: a copy on every device of the mesh."""
-  return NamedSharding(mesh, PartitionSpec())
 
 
 def slots_of(config: ModelConfig) -> dict[str, Slot]:

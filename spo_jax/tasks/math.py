@@ -69,7 +69,7 @@ class Math(Task):
     # Samples of one question often agree, and each pair is compared once.
     unclear = [pair for pair, verdict in verdicts.items() if verdict is None]
     for pair, is_right in zip(unclear, self._pool.map(unclear), strict=True):
-      verdicts[pair] = is_right is True
+      verdicts[pair] = is_right
     return [
       Grade(0.0, None) if answer is None
       else Grade(float(verdicts[problem.answer, answer] is True), tidy(answer))
