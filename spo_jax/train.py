@@ -155,6 +155,7 @@ def plan(experiment: Experiment) -> str:
     f"vocabulary {experiment.model_config.vocab_size}",
     f"task: {config.task.name}; warm start: at most {config.sft.max_steps} steps",
     *(f"left out: {count} {what}" for what, count in left_out.items() if count),
+    *(f"  {row}" for row in experiment.task.skipped_rows),
     f"{config.train.iterations} iterations of {rollout.questions} questions: {shape}",
     f"rollouts: {rollout.rows} rows at once, {config.row_tokens} tokens each",
     f"updates: {config.train.batch_rows} rows in micro-batches of "
