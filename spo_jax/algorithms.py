@@ -7,6 +7,7 @@ import numpy as np
 
 from spo_jax import advantages, packing, rollouts
 from spo_jax.compiles import program
+from spo_jax.distributed import to_host
 from spo_jax.experiment import Experiment, Purpose
 from spo_jax.layout import before, behind_prompts, between, fill, unshift
 from spo_jax.model import Params
@@ -53,7 +54,7 @@ def _chain(
     _scorer(experiment, params),
   )  # fmt: skip
   per_token = segment_advantages(taken.values, taken.rewards, taken.segment)
-  rows = packing.trajectory_rows(prompts, taken, np.asarray(per_token), _threshold(experiment))
+  rows = packing.trajectory_rows(prompts, taken, to_host(per_token), _threshold(experiment))
   segments = taken.segment.max(axis=1) + 1
   return rows, {**_figures(taken, rows), "rollout/segments": float(segments.mean())}
 
@@ -71,7 +72,7 @@ def _group(
     taken.rewards, taken.prompt.astype(np.int32), num_groups=len(prompts.lengths),
     baseline=config.algorithm,
   )  # fmt: skip
-  per_token = np.where(taken.segment >= 0, np.asarray(per_row)[:, None], 0)
+  per_token = np.where(taken.segment >= 0, to_host(per_row)[:, None], 0)
   rows = packing.trajectory_rows(prompts, taken, per_token, _threshold(experiment))
   return rows, _figures(taken, rows)
 
@@ -85,7 +86,7 @@ def _tree(
     experiment.engine, params, prompts, spo.branch_factors, spo.segment_tokens,
     experiment.key(Purpose.ROLLOUT, iteration),
   )  # fmt: skip
-  roots, per_edge = jax.device_get(
+  roots, per_edge = to_host(
     tree_advantages(
       taken.rewards, taken.finished, taken.valid, branch_factors=spo.branch_factors,
       baseline=spo.baseline,
@@ -133,7 +134,7 @@ def _score(
       experiment.model_config, params, fill(tokens[part], settings.rows),
       fill(is_token[part], settings.rows), settings.temperature,
     )  # fmt: skip
-    parts.append(np.asarray(scored)[: len(tokens[part])])
+    parts.append(to_host(scored)[: len(tokens[part])])
   return np.concatenate(parts)
 
 

@@ -197,7 +197,7 @@ class Decoder(nn.Module):
     embedding = self.param("embed_tokens", _INIT, (c.vocab_size, c.hidden_size), jnp.float32)
     if not c.tie_embeddings:
       self.param("lm_head", _INIT, (c.hidden_size, c.vocab_size), jnp.float32)
-    x = constrain(embedding[tokens].astype(c.compute_dtype), "rows")
+    x = constrain(constrain(embedding, "table")[tokens].astype(c.compute_dtype), "rows")
     presents = []
     for i in range(c.num_layers):
       past = (cache.keys[i], cache.values[i]) if cache is not None else None
@@ -268,7 +268,9 @@ def prefill(
   width = tokens.shape[1]
   _, presents = _causal(config, params, tokens, jnp.arange(width) < lengths[:, None])
   pad = ((0, 0), (0, 0), (0, slots - width), (0, 0))
-  keys, values = (tuple(jnp.pad(x, pad) for x in layers) for layers in presents)
+  keys, values = (
+    tuple(constrain(jnp.pad(x, pad), "cache") for x in layers) for layers in presents
+  )
   return KVCache(keys=keys, values=values, length=lengths)
 
 

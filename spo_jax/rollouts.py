@@ -18,6 +18,7 @@ import numpy as np
 from spo_jax import sampler
 from spo_jax.compiles import program
 from spo_jax.config import ModelConfig
+from spo_jax.distributed import gather, own_share, to_host
 from spo_jax.layout import before, concatenate, fill, join, select, unsampled
 from spo_jax.model import Params
 from spo_jax.segments import cutpoint_segments, segment_starts
@@ -53,12 +54,18 @@ class Engine:
     return taken
 
   def grade(self, prompts: Prompts, prompt: np.ndarray, samples: Samples) -> np.ndarray:
-    """Rewards f32[B] of whole responses to prompts i[B]; the only place where text is made."""
+    """Rewards f32[B] of whole responses to prompts i[B]; the only place where text is made.
+
+    Each process grades its share of the rows.
+    """
     started = time.perf_counter()
-    problems = [prompts.problems[i] for i in prompt]
-    rewards = self.grade_fn(problems, samples.tokens, samples.lengths, samples.finished)
+    share = own_share(len(prompt))
+    own = select(samples, share)
+    problems = [prompts.problems[i] for i in prompt[share]]
+    rewards = self.grade_fn(problems, own.tokens, own.lengths, own.finished)
+    rewards = gather(np.asarray(rewards, np.float32), len(prompt))
     self.grade_seconds += time.perf_counter() - started
-    return np.asarray(rewards, np.float32)
+    return rewards
 
   def prefill(self, params: Params, tokens: np.ndarray, lengths: np.ndarray) -> KVCache:
     """Encodes prompts i32[P, Lp]; rows of length 0 are fillers of the fixed shape."""
@@ -89,7 +96,7 @@ class Engine:
 
   def fetch(self, samples: Samples, steps: jax.Array) -> Samples:
     """Host copy of what was sampled, counted."""
-    on_host, steps = jax.device_get((samples, steps))
+    on_host, steps = to_host((samples, steps))
     self.counts["decoded"] += int(on_host.lengths.sum())
     self.counts["slot_steps"] += int(steps) * len(on_host.lengths)
     return on_host
@@ -163,7 +170,7 @@ def chain(
   max_segments = -(-engine.response_tokens // interval)
   parts, estimated = [], 0
   for prompt, response, cache in _respond(engine, params, prompts, samples, own_key, score):
-    segment, starts = jax.device_get(
+    segment, starts = to_host(
       _cut(response.logprobs, response.lengths, threshold, interval, max_segments=max_segments)
     )
     values = np.zeros(starts.shape, np.float32)

@@ -13,14 +13,13 @@ import optax
 from spo_jax import hf, model, runlog, sharding
 from spo_jax.checkpoint import Checkpoints
 from spo_jax.compiles import CompileCount
+from spo_jax.distributed import Preemption, is_alone, is_main, to_host
 from spo_jax.experiment import Experiment
 from spo_jax.model import Params
 from spo_jax.packing import EdgeBuffer
 from spo_jax.structs import TrainState
 from spo_jax.update import init_state, make_optimizer
 from spo_jax.warm_start import warm_start
-
-_VALIDATION = "eval/validation_accuracy"
 
 
 class Clock:
@@ -58,7 +57,12 @@ class Run:
   """
 
   def __init__(
-    self, experiment: Experiment, run_dir: Path, log: runlog.RunLog, compiles: CompileCount
+    self,
+    experiment: Experiment,
+    run_dir: Path,
+    log: runlog.RunLog,
+    compiles: CompileCount,
+    preemption: Preemption,
   ):
     config = experiment.config
     self.experiment, self.run_dir, self.log, self.compiles = experiment, run_dir, log, compiles
@@ -67,17 +71,18 @@ class Run:
     self.reference: Params | None = None
     self._started = time.perf_counter()
     self._totals: dict[str, float] = {"seconds": 0.0, "tokens": 0}
+    self._best_accuracy = -1.0
     self._checkpoints = Checkpoints(run_dir / "checkpoints" / "policy", config.checkpoint.keep)
     latest = self._checkpoints.latest()
     self.iteration = latest or 0
     if latest is None:
-      self._begin()
+      self._begin(preemption)
     else:
       self._restore()
 
-  def _begin(self) -> None:
+  def _begin(self, preemption: Preemption) -> None:
     self.log.resume_at(-1)
-    params = warm_start(self.experiment, self.run_dir, self.compiles)
+    params = warm_start(self.experiment, self.run_dir, self.compiles, preemption)
     state = init_state(params, self.optimizer)
     self.state = jax.device_put(state, sharding.placements(state, self.experiment.mesh))
     if self._needs_reference:
@@ -91,7 +96,7 @@ class Run:
     template = state_template(self.experiment, self.optimizer)
     self.state, counters, self.buffer.edges = self._checkpoints.restore(self.iteration, template)
     self.compiles.programs |= set(counters["programs"])
-    self._totals = counters["totals"]
+    self._totals, self._best_accuracy = counters["totals"], counters["best_accuracy"]
     if self._needs_reference:
       with Checkpoints(self._reference_dir, keep=1) as checkpoints:
         self.reference, _, _ = checkpoints.restore(0, template.params)
@@ -122,22 +127,32 @@ class Run:
       record |= {f"eval/{name}": value for name, value in accuracies.items()}
       self.log.log_samples(iteration, texts)
       if config.eval.validation_problems:
-        record[_VALIDATION] = self._keep_best(iteration)
+        record["eval/validation_accuracy"] = self._keep_best(iteration)
       clock.lap("time/eval_s")
     record |= {"compile/count": len(self.compiles.programs), **clock.laps}
     self.log.log(iteration, record)
     if iteration % config.checkpoint.every == 0 or is_last:
-      self._totals["seconds"] += self._elapsed()
-      counters = {"programs": sorted(self.compiles.programs), "totals": self._totals}
-      self._checkpoints.save(iteration, self.state, counters, self.buffer.edges)
+      self.save()
     return record
+
+  def save(self) -> None:
+    """Saves the run as it is behind this iteration, unless that is saved already."""
+    if self.iteration in self._checkpoints.steps():
+      return
+    self._totals["seconds"] += self._elapsed()
+    counters = {
+      "programs": sorted(self.compiles.programs),
+      "totals": self._totals,
+      "best_accuracy": self._best_accuracy,
+    }
+    self._checkpoints.save(self.iteration, self.state, counters, self.buffer.edges)
 
   def _keep_best(self, iteration: int) -> float:
     """Validation accuracy of the policy, which is saved where none before it was better."""
     count = self.experiment.config.eval.validation_problems
     accuracy = self.experiment.dev_accuracy(self.state.params, count)
-    earlier = [r[_VALIDATION] for r in runlog.read_metrics(self.run_dir) if _VALIDATION in r]
-    if all(accuracy > other for other in earlier):
+    if accuracy > self._best_accuracy:
+      self._best_accuracy = accuracy
       with Checkpoints(self._best_dir, keep=1) as checkpoints:
         # A run killed behind this point repeats it, bit by bit.
         if iteration not in checkpoints.steps():
@@ -170,9 +185,16 @@ class Run:
     self._checkpoints.close()
 
   def close(self) -> dict[str, Any]:
-    """Waits for the last checkpoint, exports, writes summary.json and returns it."""
+    """Waits for the last checkpoint, exports, writes summary.json and returns it.
+
+    Only the main process writes and returns something.
+    """
     self.wait()
     params, best = self._best()
+    if not is_alone():
+      params = to_host(params)
+    if not is_main():
+      return {}
     if self.experiment.config.checkpoint.export:
       hf.save_pretrained(
         self.run_dir / "model", self.experiment.model_config, params, self.experiment.tokenizer,

@@ -7,6 +7,7 @@ device, everything here does nothing.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -38,6 +39,7 @@ ACTIVATIONS: dict[str, P] = {
   "channels": P(ROWS, None, "tensor"),  # [B, T, F]
   "cache": P(ROWS, "tensor"),  # [B, K, C, H]
   "logits": P(ROWS, "tensor"),  # [B, V]
+  "table": P("tensor"),  # [V, E], the embedding where tokens are looked up
 }
 
 
@@ -50,9 +52,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
   sizes = {axis: getattr(config, axis) for axis in AXES}
   asked = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
   free = [axis for axis, size in sizes.items() if size == -1]
-  fixed = 1
-  for size in sizes.values():
-    fixed *= abs(size)
+  fixed = math.prod(abs(size) for size in sizes.values())
   if len(free) > 1 or (free and len(devices) % fixed):
     raise ConfigError(
       f"{asked} cannot share out {len(devices)} devices: one axis may be -1, and the others must "
@@ -126,11 +126,12 @@ def _spec(name: str, shape: tuple[int, ...], sizes: Any) -> P:
 
 
 def _fitting(spec: P, shape: tuple[int, ...], sizes: Any) -> P:
-  """The spec without axes that do not divide their dimension, which then is replicated."""
+  """The spec for this mesh: dimensions that its axes do not divide are kept whole."""
   parts = []
   for part, dimension in zip(spec, shape):
-    shards = 1
-    for axis in part if isinstance(part, tuple) else (part,):
-      shards *= sizes[axis] if axis is not None else 1
-    parts.append(part if dimension % shards == 0 else None)
+    axes = part if isinstance(part, tuple) else (part,)
+    here = tuple(axis for axis in axes if axis in sizes)
+    shards = math.prod(sizes[axis] for axis in here)
+    kept = here if isinstance(part, tuple) else part
+    parts.append(kept if here and dimension % shards == 0 else None)
   return P(*parts)

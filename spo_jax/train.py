@@ -14,7 +14,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spo_jax import __version__, packing, runlog, sharding
+from spo_jax import __version__, distributed, packing, runlog, sharding
 from spo_jax.algorithms import collect
 from spo_jax.compiles import CompileCount
 from spo_jax.config import Config, ConfigError, changed_keys, load, to_yaml
@@ -35,10 +35,17 @@ from spo_jax.update import policy_update, summarise
 
 
 def train(experiment: Experiment, run_dir: Path, log: runlog.RunLog) -> dict[str, Any]:
-  """Runs, or continues, the run of `run_dir`; returns its summary."""
+  """Runs, or continues, the run of `run_dir`; returns its summary.
+
+  Raises: distributed.Preempted where SIGTERM asked it to stop; `--resume` goes on exactly.
+  """
   config = experiment.config
-  with CompileCount() as compiles, jax.set_mesh(experiment.mesh):
-    run = Run(experiment, run_dir, log, compiles)
+  with (
+    CompileCount() as compiles,
+    jax.set_mesh(experiment.mesh),
+    distributed.Preemption() as preemption,
+  ):
+    run = Run(experiment, run_dir, log, compiles, preemption)
     try:
       with runlog.progress(config.algorithm, config.train.iterations, run.iteration) as bar:
         for iteration in range(run.iteration + 1, config.train.iterations + 1):
@@ -51,6 +58,9 @@ def train(experiment: Experiment, run_dir: Path, log: runlog.RunLog) -> dict[str
           clock.lap("time/update_s")
           record = run.finish(iteration, {**figures, **losses}, clock)
           bar.advance(**{name: record[key] for key, name in _LIVE.items() if key in record})
+          if preemption.is_asked():
+            run.save()
+            raise distributed.Preempted
     except BaseException:
       run.wait()  # its newest checkpoint is what --resume continues
       raise
@@ -98,6 +108,8 @@ def open_run_dir(config: Config, config_path: Path, run_dir: Path | None, resume
   Raises:
     ConfigError: it holds another run, or `resume` finds none.
   """
+  if run_dir is None and not distributed.is_alone():
+    raise ConfigError("--run-dir is missing: several processes have to agree on it. Name one.")
   if run_dir is None:
     runs = sorted(Path("runs").glob(f"{config_path.stem}-*/config.yaml"))
     if resume and not runs:
@@ -163,7 +175,14 @@ def plan(experiment: Experiment) -> str:
   ))  # fmt: skip
 
 
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+  with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    yield
+
+
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+PREEMPTED = 143  # and for one that SIGTERM ended
 
 
 def main(
@@ -188,6 +207,7 @@ def main(
   )
   options = parser.parse_args(arguments)
   try:
+    distributed.initialize()
     config = load(options.config, [*options.set, *overrides])
     experiment = build(config)
     if options.dry_run:
@@ -195,20 +215,24 @@ def main(
       return 0
     run_dir = open_run_dir(config, options.config, options.run_dir, options.resume)
     project = "spo_jax" if config.log.wandb else None
-    log = runlog.RunLog(run_dir, project, config.log.tensorboard)
+    distributed.wait_for_all("the run directory is checked")
+    own_dir = distributed.own_directory(run_dir)
+    log = runlog.RunLog(own_dir, project, config.log.tensorboard)
   except (ConfigError, ValueError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
-  with log, contextlib.closing(experiment.task):
+  quiet = contextlib.nullcontext() if distributed.is_main() else _silence()
+  with log, contextlib.closing(experiment.task), quiet:
     log.write_config(to_yaml(config))
     print(to_yaml(config) + "\n" + plan(experiment), flush=True)
     try:
       summary = finished(run_dir, config.train.iterations) or train(experiment, run_dir, log)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, distributed.Preempted) as stop:
       print(f"Stopped; --resume --run-dir {run_dir} continues.", file=sys.stderr)
-      return INTERRUPTED
-    runlog.final_table(summary, run_dir)
-    print(f"Report: {write_report(run_dir)}")
+      return INTERRUPTED if isinstance(stop, KeyboardInterrupt) else PREEMPTED
+    if summary:
+      runlog.final_table(summary, run_dir)
+      print(f"Report: {write_report(run_dir)}")
   return 0
 
 

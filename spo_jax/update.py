@@ -18,6 +18,7 @@ from spo_jax import model
 from spo_jax.advantages import whiten
 from spo_jax.compiles import program
 from spo_jax.config import ModelConfig, OptimizerConfig, TrainConfig
+from spo_jax.distributed import to_host
 from spo_jax.losses import kl_loss, policy_loss, token_logprobs
 from spo_jax.sharding import constrain, constrain_parameters
 from spo_jax.structs import TrainRows, TrainState
@@ -144,7 +145,7 @@ def policy_update(
 
 def summarise(updates: list[dict[str, jax.Array]]) -> dict[str, float]:
   """The metrics of an iteration's updates on the host: means, and counts of skipped ones."""
-  on_host = jax.device_get(updates)
+  on_host = to_host(updates)
 
   def total(name: str) -> float:
     return float(sum(metrics[name] for metrics in on_host))

@@ -9,16 +9,21 @@ import jax
 from spo_jax import runlog, sharding
 from spo_jax.checkpoint import Checkpoints
 from spo_jax.compiles import CompileCount
+from spo_jax.distributed import Preempted, Preemption, own_directory, to_host
 from spo_jax.experiment import Experiment
 from spo_jax.model import Params
 from spo_jax.update import init_state, make_optimizer, supervised_update
 
 
-def warm_start(experiment: Experiment, run_dir: Path, compiles: CompileCount) -> Params:
+def warm_start(
+  experiment: Experiment, run_dir: Path, compiles: CompileCount, preemption: Preemption
+) -> Params:
   """Trains the first parameters; continues a killed warm start from its newest checkpoint.
 
   It ends by accuracy and not by a clock, because learning this kind of task is a phase
   transition. Its figures go to `run_dir/warm_start/`, one record per check.
+
+  Raises: Preempted behind the check at which it was asked to stop.
   """
   settings = experiment.config.sft
   optimizer = make_optimizer(settings.optimizer)
@@ -34,7 +39,9 @@ def warm_start(experiment: Experiment, run_dir: Path, compiles: CompileCount) ->
     compiles.programs |= set(counters["programs"])
   with (
     checkpoints,
-    runlog.RunLog(run_dir / "warm_start", None, experiment.config.log.tensorboard) as log,
+    runlog.RunLog(
+      own_directory(run_dir / "warm_start"), None, experiment.config.log.tensorboard
+    ) as log,
     runlog.progress("warm start", total=settings.max_steps, start=step) as bar,
   ):
     log.resume_at(step)
@@ -51,8 +58,11 @@ def warm_start(experiment: Experiment, run_dir: Path, compiles: CompileCount) ->
         )  # fmt: skip
         step += 1
       accuracy = experiment.dev_accuracy(state.params, settings.check_problems)
+      loss = float(to_host(loss))
       log.log(step, {"loss": loss, "dev/sampled_accuracy": accuracy})
-      bar.advance(steps, loss=float(loss), sampled=accuracy)
+      bar.advance(steps, loss=loss, sampled=accuracy)
       counters = {"sampled_accuracy": accuracy, "programs": sorted(compiles.programs)}
       checkpoints.save(step, state, counters)
+      if preemption.is_asked():
+        raise Preempted
   return state.params

@@ -7,6 +7,7 @@ disk. Tests say `pytest_plugins = ["runs"]` and take the fixtures `train`, `fini
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -51,6 +52,16 @@ VARIANTS = {
   ),
   "rloo": ("algorithm=rloo", "train.official=true", "sft.max_steps=0"),
 }  # fmt: skip
+
+
+@contextlib.contextmanager
+def heeding_ctrl_c():
+  """Child processes that start in here heed SIGINT, which a shell's `&` has all of them ignore."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, before)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +168,7 @@ def _become(request: dict, out: Path, err: Path, compiled: Path) -> None:
   for number, path in ((0, os.devnull), (1, out), (2, err)):
     os.dup2(os.open(path, os.O_RDWR), number)
   os.chdir(request["cwd"])
-  signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   if request["stop"]:
     Stop(*request["stop"]).install()
   _count_compilations(compiled)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from runs import heeding_ctrl_c
 
 from spo_jax.grade import BATCH_LINES, NAMED_LINES, main
 
@@ -174,10 +175,11 @@ def test_stopping_leaves_no_worker_and_no_half_file(tmp_path, ending):
   (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, bombs)))
   command = [sys.executable, "-m", "spo_jax.grade", "--task", "math", "in.jsonl", "out.jsonl"]
   paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-  process = subprocess.Popen(
-    command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    env={**os.environ, "PYTHONPATH": paths},
-  )  # fmt: skip
+  with heeding_ctrl_c():
+    process = subprocess.Popen(
+      command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+      env={**os.environ, "PYTHONPATH": paths},
+    )  # fmt: skip
   end = time.monotonic() + 60
   while not (workers := children(process.pid)) and time.monotonic() < end:
     time.sleep(0.05)

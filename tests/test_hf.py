@@ -294,10 +294,11 @@ from spo_jax import hf
 import spo_jax.hf.load as load
 
 mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+data = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
 whole = hf.load_pretrained(sys.argv[1])[1]
-copies = hf.load_pretrained(sys.argv[1], mesh=mesh)[1]
+copies = hf.load_pretrained(sys.argv[1], mesh=data)[1]
 matrix, vector = NamedSharding(mesh, P("data", "tensor")), NamedSharding(mesh, P("tensor"))
-load._placement = lambda path, mesh: vector if path[-1] in ("weight", "bias") else matrix
+load.sharding.placement = lambda name, shape, mesh: vector if len(shape) == 1 else matrix
 parts = hf.load_pretrained(sys.argv[1], mesh=mesh)[1]
 for a, b, c in zip(*map(jax.tree.leaves, (whole, copies, parts)), strict=True):
   assert len(b.addressable_shards) == 4 and b.is_fully_replicated

@@ -15,8 +15,8 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 # A room imports rooms of lower levels only, and none of its own.
 LEVELS = {
   0: "structs config",
-  1: "segments advantages losses sharding layout compiles tasks tokenizer stops metrics "
-  "runlog",
+  1: "segments advantages losses sharding distributed layout compiles tasks tokenizer stops "
+  "metrics runlog",
   2: "model prompts",
   3: "sampler hf",
   4: "rollouts packing checkpoint update",

@@ -15,7 +15,7 @@ import pytest
 pytest.register_assert_rewrite("runs")
 pytest_plugins = ["runs"]
 
-from runs import VARIANTS, Stop, assert_same_run, metrics, summary  # noqa: E402
+from runs import VARIANTS, Stop, assert_same_run, heeding_ctrl_c, metrics, summary  # noqa: E402
 
 SAVE = "spo_jax.checkpoint.Checkpoints.save"
 COMMIT = "orbax.checkpoint.path.atomicity.AtomicRenameTemporaryPath.finalize"
@@ -23,15 +23,19 @@ COMMIT = "orbax.checkpoint.path.atomicity.AtomicRenameTemporaryPath.finalize"
 # Calls count from the start of each process, so every moment is one of the run that was resumed.
 MOMENTS = {
   "chain": {
-    "in the warm start": Stop("spo_jax.sft.supervised_update", 4),
+    "in the warm start": Stop("spo_jax.warm_start.supervised_update", 4),
     "behind the metrics of iteration 0": Stop("spo_jax.run.Run._elapsed"),
     "in the first rollout": Stop("spo_jax.rollouts.Engine.fetch", 6),
     "in an update": Stop("spo_jax.train.policy_update", 4),
     "in the write of a checkpoint": Stop(COMMIT, 2),
     "in a later rollout": Stop("spo_jax.train.collect", 2),
     "by Ctrl-C in an update": Stop("spo_jax.train.policy_update", 2, signal.SIGINT),
+    "by SIGTERM in an update": Stop("spo_jax.train.policy_update", 2, signal.SIGTERM),
   },
   "tree": {
+    "by SIGTERM in the warm start": Stop(
+      "spo_jax.warm_start.supervised_update", 3, signal.SIGTERM
+    ),
     "behind the metrics, before the checkpoint": Stop(SAVE, 5),  # the fourth is iteration 0's
     "in the commit of a checkpoint": Stop(COMMIT, 4),
     "in a later rollout": Stop("spo_jax.train.collect", 4),
@@ -67,8 +71,8 @@ def test_a_run_killed_again_and_again_equals_one_that_was_not(
   resume = False
   for moment, stop in MOMENTS[variant].items():
     result = train(*command(config, tmp_path, variant, resume=resume), stop=stop)
-    if stop.signal == signal.SIGINT:
-      assert result.code == 130
+    if stop.signal in (signal.SIGINT, signal.SIGTERM):
+      assert result.code == 128 + stop.signal
       assert "--resume" in result.err and result.err.count("\n") == 1, result.err
     else:
       assert result.code == -stop.signal, f"{moment}: {result.err}"
@@ -170,10 +174,12 @@ def test_a_run_killed_before_it_wrote_its_config_starts_anew(train, refuse, conf
 
 
 def test_ctrl_c_in_a_compilation_is_answered_at_once(config, tmp_path):
-  run = subprocess.Popen(
-    [sys.executable, "-m", "spo_jax.train", *map(str, command(config, tmp_path / "run"))],
-    cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-  )  # fmt: skip
+  arguments = map(str, command(config, tmp_path / "run"))
+  with heeding_ctrl_c():
+    run = subprocess.Popen(
+      [sys.executable, "-m", "spo_jax.train", *arguments], cwd=Path(__file__).parents[1],
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
   while not (tmp_path / "run" / "warm_start").exists():
     assert run.poll() is None, run.stderr.read()
     time.sleep(0.01)

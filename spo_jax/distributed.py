@@ -1,0 +1,137 @@
+"""Several processes as one run: who writes, who grades which rows, what all agree on.
+
+Every process runs the same program on its own devices of one mesh. Host code is a function of
+(seed, iteration) and of arrays gathered from all, so it agrees without being told. With one
+process everything here does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from spo_jax.config import ConfigError
+
+# A process that is not heard of for this long ends the others.
+HEARTBEAT_S = 30
+
+
+def initialize() -> None:
+  """Joins the processes of the run, where the environment asks for it.
+
+  SPO_COORDINATOR=host:port, SPO_PROCESSES and SPO_PROCESS_ID name them; SPO_DISTRIBUTED=auto
+  leaves that to JAX, which knows TPU pods, Slurm and Kubernetes.
+
+  Raises: ConfigError where the variables do not belong together.
+  """
+  names = ("SPO_COORDINATOR", "SPO_PROCESSES", "SPO_PROCESS_ID")
+  values = {name: os.environ.get(name) for name in names}
+  if os.environ.get("SPO_DISTRIBUTED") == "auto":
+    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_S)
+  elif any(values.values()):
+    missing = [name for name, value in values.items() if not value]
+    if missing:
+      raise ConfigError(f"{missing[0]} is not set, but {', '.join(set(names) - set(missing))} is. "
+                        "Set all three, or SPO_DISTRIBUTED=auto.")  # fmt: skip
+    try:
+      count, own = int(values["SPO_PROCESSES"] or ""), int(values["SPO_PROCESS_ID"] or "")
+    except ValueError as error:
+      raise ConfigError(f"SPO_PROCESSES={values['SPO_PROCESSES']} and SPO_PROCESS_ID="
+                        f"{values['SPO_PROCESS_ID']} must be integers.") from error  # fmt: skip
+    if not 0 <= own < count:
+      raise ConfigError(f"SPO_PROCESS_ID={own} must be from 0 to SPO_PROCESSES - 1 = {count - 1}.")
+    jax.distributed.initialize(
+      values["SPO_COORDINATOR"], count, own, heartbeat_timeout_seconds=HEARTBEAT_S
+    )
+
+
+def is_main() -> bool:
+  """Whether this is the process that writes logs."""
+  return jax.process_index() == 0
+
+
+def is_alone() -> bool:
+  return jax.process_count() == 1
+
+
+def own_directory(directory: Path) -> Path:
+  """The directory on the main process; elsewhere one that nobody looks at."""
+  return directory if is_main() else Path(tempfile.mkdtemp(prefix="spo_jax-"))
+
+
+def wait_for_all(what: str) -> None:
+  """Returns once every process is here."""
+  if not is_alone():
+    multihost_utils.sync_global_devices(what)
+
+
+def any_process(flag: bool) -> bool:
+  """Whether the flag is set on one of them; all must ask."""
+  return flag if is_alone() else bool(multihost_utils.process_allgather(np.bool_(flag)).any())
+
+
+class Preempted(Exception):
+  """The run was asked to stop, and everything that it needs to go on is saved."""
+
+
+class Preemption:
+  """Context manager in which SIGTERM asks the run to stop instead of ending the process.
+
+  A second SIGTERM ends it at once.
+  """
+
+  def __init__(self) -> None:
+    self._asked = False
+
+  def __enter__(self) -> Preemption:
+    self._before = signal.signal(signal.SIGTERM, self._ask)
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    signal.signal(signal.SIGTERM, self._before)
+
+  def _ask(self, *_: object) -> None:
+    self._asked = True
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+  def is_asked(self) -> bool:
+    """Whether any process of the run was asked to stop; all must call this together."""
+    return any_process(self._asked)
+
+
+def to_host(tree: Any) -> Any:
+  """Numpy copies of whole arrays, on every process."""
+
+  def fetch(x: Any) -> Any:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+      if x.is_fully_replicated:
+        return np.asarray(x.addressable_data(0))
+      return multihost_utils.process_allgather(x, tiled=True)
+    return x
+
+  return jax.device_get(jax.tree.map(fetch, tree))
+
+
+def own_share(count: int) -> slice:
+  """Which of `count` rows this process works on; `gather` puts the shares together."""
+  each = -(-count // jax.process_count())
+  first = min(jax.process_index() * each, count)
+  return slice(first, min(first + each, count))
+
+
+def gather(own: np.ndarray, count: int) -> np.ndarray:
+  """What the processes found for their shares of `count` rows, as one array on all of them."""
+  if is_alone():
+    return own
+  each = -(-count // jax.process_count())
+  padded = np.zeros((each, *own.shape[1:]), own.dtype)
+  padded[: len(own)] = own
+  shares = multihost_utils.process_allgather(padded)
+  return np.asarray(shares).reshape(-1, *own.shape[1:])[:count]
