@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,10 @@ import orbax.checkpoint as ocp
 from spo_jax.structs import Edges
 
 State = TypeVar("State")  # any tree of arrays
+
+
+class CheckpointError(RuntimeError):
+  """No checkpoint of a run can be read; the message is one line."""
 
 
 class Checkpoints:
@@ -86,6 +91,35 @@ class Checkpoints:
       restored["counters"],
       Edges(**jax.tree.map(np.asarray, edges)) if edges is not None else None,
     )
+
+  def restore_newest(
+    self, template: State
+  ) -> tuple[int, State, dict[str, Any], Edges | None] | None:
+    """Step and content of the newest checkpoint that can be read; None where there is none.
+
+    What cannot be read (a truncated or missing file) is named and passed over.
+
+    Raises: CheckpointError where there are checkpoints, and none can be read.
+    """
+    steps = sorted(self.steps(), reverse=True)
+    for step in steps:
+      try:
+        return step, *self.restore(step, template)
+      except Exception as error:  # of the file system, of every format inside: many kinds
+        broken = self._manager.directory / str(step)
+        said = " ".join(str(error).split())[:200]
+        print(f"warning: {broken} cannot be read and is passed over ({said})", file=sys.stderr)
+    if steps:
+      raise CheckpointError(
+        f"none of the checkpoints {steps} in {self._manager.directory} can be read. Copy the run "
+        "directory from where it is whole, or start a new run."
+      )
+    return None
+
+  def forget_after(self, step: int) -> None:
+    """Deletes newer checkpoints: a run that goes on from here makes them again."""
+    for newer in [other for other in self.steps() if other > step]:
+      self._manager.delete(newer)
 
   def close(self) -> None:
     """Waits for saves in the background."""

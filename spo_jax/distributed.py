@@ -84,26 +84,36 @@ class Preempted(Exception):
 class Preemption:
   """Context manager in which SIGTERM asks the run to stop instead of ending the process.
 
-  A second SIGTERM ends it at once.
+  A second SIGTERM ends it at once. Ctrl-C raises KeyboardInterrupt as ever, and asks too:
+  an exception raised inside a callback of a library may be lost there.
   """
 
   def __init__(self) -> None:
-    self._asked = False
+    self._asked: int | None = None
 
   def __enter__(self) -> Preemption:
-    self._before = signal.signal(signal.SIGTERM, self._ask)
+    self._before = {signal.SIGTERM: signal.signal(signal.SIGTERM, self._ask)}
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+      self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._ask)
     return self
 
   def __exit__(self, *_: object) -> None:
-    signal.signal(signal.SIGTERM, self._before)
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
 
-  def _ask(self, *_: object) -> None:
-    self._asked = True
+  def _ask(self, number: int, _: object) -> None:
+    self._asked = number
+    if number == signal.SIGINT:
+      raise KeyboardInterrupt
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
   def is_asked(self) -> bool:
     """Whether any process of the run was asked to stop; all must call this together."""
-    return any_process(self._asked)
+    return any_process(self._asked is not None)
+
+  def reason(self) -> BaseException:
+    """What to raise once everything is saved."""
+    return KeyboardInterrupt() if self._asked == signal.SIGINT else Preempted()
 
 
 def to_host(tree: Any) -> Any:

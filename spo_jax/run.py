@@ -73,9 +73,8 @@ class Run:
     self._totals: dict[str, float] = {"seconds": 0.0, "tokens": 0}
     self._best_accuracy = -1.0
     self._checkpoints = Checkpoints(run_dir / "checkpoints" / "policy", config.checkpoint.keep)
-    latest = self._checkpoints.latest()
-    self.iteration = latest or 0
-    if latest is None:
+    self.iteration = 0
+    if self._checkpoints.latest() is None:
       self._begin(preemption)
     else:
       self._restore()
@@ -92,9 +91,12 @@ class Run:
     self.finish(0, {}, Clock())
 
   def _restore(self) -> None:
-    self.log.resume_at(self.iteration)
     template = state_template(self.experiment, self.optimizer)
-    self.state, counters, self.buffer.edges = self._checkpoints.restore(self.iteration, template)
+    restored = self._checkpoints.restore_newest(template)
+    assert restored is not None
+    self.iteration, self.state, counters, self.buffer.edges = restored
+    self._checkpoints.forget_after(self.iteration)
+    self.log.resume_at(self.iteration)
     self.compiles.programs |= set(counters["programs"])
     self._totals, self._best_accuracy = counters["totals"], counters["best_accuracy"]
     if self._needs_reference:

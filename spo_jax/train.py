@@ -24,6 +24,7 @@ import numpy as np
 
 from spo_jax import __version__, distributed, packing, runlog, sharding
 from spo_jax.algorithms import collect
+from spo_jax.checkpoint import CheckpointError
 from spo_jax.compiles import CompileCount
 from spo_jax.config import Config, ConfigError, changed_keys, load, to_yaml
 from spo_jax.experiment import Experiment, Purpose, build
@@ -60,7 +61,7 @@ def train(experiment: Experiment, run_dir: Path, log: runlog.RunLog) -> dict[str
           bar.advance(**{name: record[key] for key, name in _LIVE.items() if key in record})
           if preemption.is_asked():
             run.save()
-            raise distributed.Preempted
+            raise preemption.reason()
     except BaseException:
       run.wait()  # its newest checkpoint is what --resume continues
       raise
@@ -230,6 +231,13 @@ def main(
     except (KeyboardInterrupt, distributed.Preempted) as stop:
       print(f"Stopped; --resume --run-dir {run_dir} continues.", file=sys.stderr)
       return INTERRUPTED if isinstance(stop, KeyboardInterrupt) else PREEMPTED
+    except CheckpointError as error:
+      print(f"error: {error}", file=sys.stderr)
+      return 1
+    except OSError as error:  # a full disk, a mount that went away
+      print(f"error: {error}. What is saved is whole: mend that, and --resume --run-dir {run_dir} "
+            "continues.", file=sys.stderr)  # fmt: skip
+      return 1
     if summary:
       runlog.final_table(summary, run_dir)
       print(f"Report: {write_report(run_dir)}")

@@ -9,7 +9,7 @@ import jax
 from spo_jax import runlog, sharding
 from spo_jax.checkpoint import Checkpoints
 from spo_jax.compiles import CompileCount
-from spo_jax.distributed import Preempted, Preemption, own_directory, to_host
+from spo_jax.distributed import Preemption, own_directory, to_host
 from spo_jax.experiment import Experiment
 from spo_jax.model import Params
 from spo_jax.update import init_state, make_optimizer, supervised_update
@@ -32,9 +32,9 @@ def warm_start(
   if not settings.max_steps:
     return state.params
   checkpoints = Checkpoints(run_dir / "checkpoints" / "warm_start", keep=1)
-  step, accuracy = checkpoints.latest() or 0, 0.0
-  if step:
-    state, counters, _ = checkpoints.restore(step, state)
+  step, accuracy = 0, 0.0
+  if restored := checkpoints.restore_newest(state):
+    step, state, counters, _ = restored
     accuracy = counters["sampled_accuracy"]
     compiles.programs |= set(counters["programs"])
   with (
@@ -64,5 +64,5 @@ def warm_start(
       counters = {"sampled_accuracy": accuracy, "programs": sorted(compiles.programs)}
       checkpoints.save(step, state, counters)
       if preemption.is_asked():
-        raise Preempted
+        raise preemption.reason()
   return state.params

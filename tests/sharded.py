@@ -1,4 +1,4 @@
-"""Rollouts of both kinds and an update on several meshes of 8 virtual devices; run by test_sharding.py.
+"""Rollouts of both kinds and an update on meshes of 8 virtual devices; run by test_sharding.py.
 
     python tests/sharded.py OUT
 

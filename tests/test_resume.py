@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
@@ -188,3 +189,31 @@ def test_ctrl_c_in_a_compilation_is_answered_at_once(config, tmp_path):
   _, err = run.communicate()
   assert run.returncode == 130
   assert "--resume" in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("damage", ["a truncated file", "a missing file"])
+def test_a_damaged_checkpoint_is_passed_over(train, finished, config, copy, damage):
+  reference, _ = finished("chain")
+  newest = copy / "checkpoints" / "policy" / "6"
+  largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+  if damage == "a missing file":
+    largest.unlink()
+  else:
+    os.truncate(largest, largest.stat().st_size // 2)
+  (copy / "summary.json").unlink()
+  result = train(*command(config, copy, resume=True))
+  assert result.code == 0, result.err
+  assert str(newest) in result.err and result.err.count("\n") == 1
+  assert_same_run(copy, reference)
+
+
+def test_a_run_of_which_no_checkpoint_can_be_read_says_so(train, config, copy):
+  for file in (copy / "checkpoints" / "policy").rglob("*"):
+    if file.is_file():
+      os.truncate(file, 0)
+  (copy / "summary.json").unlink()
+  before = (copy / "metrics.jsonl").read_bytes()
+  result = train(*command(config, copy, resume=True))
+  assert result.code == 1
+  assert "can be read" in result.err.splitlines()[-1] and "Traceback" not in result.err
+  assert (copy / "metrics.jsonl").read_bytes() == before

@@ -316,6 +316,15 @@ def test_a_batch_that_is_not_finite_changes_nothing_and_is_counted(where, value)
   assert metrics["loss/skipped_ratio"] == 0
 
 
+def test_a_gradient_too_large_for_its_norm_changes_nothing_although_the_loss_is_finite():
+  train = dataclasses.replace(DEFAULT, whiten=False)
+  rows = random_rows()
+  state, metrics = update(train, rows.replace(advantages=rows.advantages * 1e25), optimizer=ADAM)
+  assert np.isfinite(metrics["loss/policy"])
+  assert metrics["loss/skipped_nonfinite"] == 1
+  assert_same(state, init_state(PARAMS, ADAM))
+
+
 def test_a_skipped_update_keeps_the_optimiser_and_the_next_one_goes_on():
   rows = random_rows()
   poisoned = rows.replace(advantages=np.full_like(rows.advantages, np.nan))
