@@ -72,7 +72,7 @@ def _group(
     taken.rewards, taken.prompt.astype(np.int32), num_groups=len(prompts.lengths),
     baseline=config.algorithm,
   )  # fmt: skip
-  per_token = np.where(taken.segment >= 0, to_host(per_row)[:, None], 0)
+  per_token = np.broadcast_to(to_host(per_row)[:, None], taken.segment.shape)
   rows = packing.trajectory_rows(prompts, taken, per_token, _threshold(experiment))
   return rows, _figures(taken, rows)
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -75,6 +76,17 @@ def wait_for_all(what: str) -> None:
 def any_process(flag: bool) -> bool:
   """Whether the flag is set on one of them; all must ask."""
   return flag if is_alone() else bool(multihost_utils.process_allgather(np.bool_(flag)).any())
+
+
+INTERRUPTED = 130  # exit code: what a shell reports for a program that Ctrl-C ended
+PREEMPTED = 143  # and for one that SIGTERM ended
+
+
+def leave(code: int) -> NoReturn:
+  """Ends a command with its exit code."""
+  if code == INTERRUPTED:
+    os._exit(code)  # an orderly exit may crash where XLA was stopped within a compilation
+  sys.exit(code)
 
 
 class Preempted(Exception):

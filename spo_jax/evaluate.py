@@ -26,7 +26,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
 
-from spo_jax import __version__, metrics, rollouts, runlog, validation
+from spo_jax import __version__, distributed, metrics, rollouts, runlog, validation
 from spo_jax.config import Config, changed_keys, config_at, load
 from spo_jax.experiment import Experiment, Purpose, build
 from spo_jax.layout import select
@@ -330,9 +330,6 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
   started = time.perf_counter()
   options = _parser().parse_args(arguments)
@@ -358,12 +355,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
       show(summarise(evaluation, time.perf_counter() - started, done), output)
     except KeyboardInterrupt:
       print(f"Stopped; the same command with --output {output} continues.", file=sys.stderr)
-      return INTERRUPTED
+      return distributed.INTERRUPTED
   return 0
 
 
 if __name__ == "__main__":
-  code = main()
-  if code == INTERRUPTED:
-    os._exit(code)  # an orderly exit may crash where XLA was stopped within a compilation
-  sys.exit(code)
+  distributed.leave(main())

@@ -6,10 +6,9 @@ directory, checkpoints, resume and exported model.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from spo_jax import train
+from spo_jax import distributed, train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,4 +18,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  distributed.leave(main())

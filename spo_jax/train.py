@@ -182,10 +182,6 @@ def _silence() -> Iterator[None]:
     yield
 
 
-INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
-PREEMPTED = 143  # and for one that SIGTERM ended
-
-
 def main(
   arguments: Sequence[str] | None = None,
   program: str = "train",
@@ -230,7 +226,8 @@ def main(
       summary = finished(run_dir, config.train.iterations) or train(experiment, run_dir, log)
     except (KeyboardInterrupt, distributed.Preempted) as stop:
       print(f"Stopped; --resume --run-dir {run_dir} continues.", file=sys.stderr)
-      return INTERRUPTED if isinstance(stop, KeyboardInterrupt) else PREEMPTED
+      is_ctrl_c = isinstance(stop, KeyboardInterrupt)
+      return distributed.INTERRUPTED if is_ctrl_c else distributed.PREEMPTED
     except CheckpointError as error:
       print(f"error: {error}", file=sys.stderr)
       return 1
@@ -245,7 +242,4 @@ def main(
 
 
 if __name__ == "__main__":
-  code = main()
-  if code == INTERRUPTED:
-    os._exit(code)  # an orderly exit may crash where XLA was stopped within a compilation
-  sys.exit(code)
+  distributed.leave(main())

@@ -296,3 +296,16 @@ def test_rows_are_a_function_of_seed_and_iteration(tiny, algorithm):
   # The same questions in another iteration are answered anew.
   for other in (collect(tiny, algorithm, "seed=1"), collect(tiny, algorithm, iteration=4)):
     assert not np.array_equal(other.rows.tokens, first.tokens)
+
+
+def test_every_iteration_draws_edges_with_numbers_of_its_own(tiny):
+  states, draw = [], EdgeBuffer.draw
+
+  def spying(buffer, count, iteration, rng, repeat):
+    states.append(rng.bit_generator.state["state"]["state"])
+    return draw(buffer, count, iteration, rng, repeat)
+
+  with mock.patch.object(EdgeBuffer, "draw", spying):
+    for iteration in (3, 3, 4):
+      collect.__wrapped__(tiny, "tree", iteration=iteration)
+  assert states[0] == states[1] != states[2]
