@@ -26,8 +26,8 @@ CACHE = tempfile.TemporaryDirectory()  # of compiled programs, for all runs of t
 ROOT = Path(__file__).parents[1]
 DEVICES = 4
 SETTINGS = [
-  "algorithm=grpo", "train.iterations=2", "sft.max_steps=2", "train.micro_batch_rows=4",
-  "eval.every=2", "mesh.data=2", "mesh.fsdp=2",
+  "algorithm=grpo", "train.iterations=40", "sft.max_steps=2", "train.micro_batch_rows=4",
+  "eval.every=20", "checkpoint.every=20", "mesh.data=2", "mesh.fsdp=2",
 ]  # fmt: skip
 
 
@@ -77,41 +77,33 @@ def alone(config, shared):
   return run_dir
 
 
-def test_two_processes_get_the_metrics_of_one(config, alone, tmp_path):
-  results = finish(start(2, config, tmp_path))
+def test_two_processes_and_then_four_are_the_run_of_one(config, alone, tmp_path):
+  """Two are stopped by SIGTERM to one of them, four go on."""
+  started = start(2, config, tmp_path)
+  while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 3:
+    assert started[0].poll() is None, started[0].stderr.read()
+    time.sleep(0.05)
+  started[1].send_signal(signal.SIGTERM)
+  for code, _, err in finish(started):
+    assert code == 143, err[-2000:]
+    assert "--resume" in err
+  done = len(metrics(tmp_path))
+  assert 3 <= done < len(metrics(alone))
+
+  results = finish(start(4, config, tmp_path, "--resume"))
   for code, _, err in results:
     assert code == 0, err[-2000:]
   assert "Held-out accuracy" in results[0][1]
   for _, out, _ in results[1:]:  # one of them speaks, and the library that connects them
     assert all(line.startswith("[Gloo]") for line in out.splitlines())
-  ours, theirs = metrics(tmp_path), metrics(alone)
-  assert [record.keys() for record in ours] == [record.keys() for record in theirs]
+  ours, theirs = metrics(tmp_path, "compile/"), metrics(alone, "compile/")
+  assert len(ours) == len(theirs)
   for mine, expected in zip(ours, theirs):
     assert mine == pytest.approx(expected, abs=1e-5, rel=1e-5)
-    assert {k: v for k, v in mine.items() if k.startswith("tokens/")} == {
-      k: v for k, v in expected.items() if k.startswith("tokens/")
-    }
   assert summary(tmp_path)["final"] == summary(alone)["final"]
   for path in (alone / "samples").iterdir():
     assert (tmp_path / "samples" / path.name).read_text() == path.read_text()
   assert (tmp_path / "model" / "model.safetensors").exists()
-
-
-def test_a_run_stopped_by_sigterm_goes_on_with_four_processes_as_one_would(
-  config, alone, tmp_path
-):
-  started = start(2, config, tmp_path)
-  while not (tmp_path / "warm_start" / "metrics.jsonl").exists():
-    assert started[0].poll() is None, started[0].stderr.read()
-    time.sleep(0.05)
-  started[1].send_signal(signal.SIGTERM)  # one of them is enough
-  for code, _, err in finish(started):
-    assert code == 143, err[-2000:]
-    assert "--resume" in err
-  for code, _, err in finish(start(4, config, tmp_path, "--resume")):
-    assert code == 0, err[-2000:]
-  for mine, expected in zip(metrics(tmp_path, "compile/"), metrics(alone, "compile/")):
-    assert mine == pytest.approx(expected, abs=1e-5, rel=1e-5)
 
 
 def test_a_process_that_dies_ends_the_others_within_a_minute(config, tmp_path):

@@ -9,11 +9,9 @@ import jax
 import pytest
 from runs import metrics, summary
 
-from spo_jax import hf, model, sft
+from spo_jax import hf, model, sft, train
 from spo_jax.config import ModelConfig, load
 from spo_jax.tokenizer import bpe_tokenizer
-
-pytest_plugins = ["runs"]
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PUBLISHED = [path for path in sorted(CONFIGS.glob("*.yaml")) if load(path).model.path]
@@ -92,7 +90,7 @@ def tiny_model(tmp_path_factory):
 
 
 @pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.stem)
-def test_a_published_run_goes_from_rollout_to_export(train, data, tiny_model, tmp_path, path):
+def test_a_published_run_goes_from_rollout_to_export(data, tiny_model, tmp_path, path):
   published = load(path)
   settings = [
     f"model.path={tiny_model(published.model.path)}", *SMALLER,
@@ -100,8 +98,9 @@ def test_a_published_run_goes_from_rollout_to_export(train, data, tiny_model, tm
   ]  # fmt: skip
   if folder := data(published.task.name):
     settings.append(f"task.path={folder}")
-  result = train("--config", path, "--run-dir", tmp_path, "--set", *settings)
-  assert result.code == 0, result.err
+  # In this process, where runs of one architecture and method share their compiled programs.
+  arguments = ["--config", str(path), "--run-dir", str(tmp_path), "--set", *settings]
+  assert train.main(arguments) == 0
 
   first, last = metrics(tmp_path)
   assert last["tokens/trained"] > 0 and last["tokens/decoded"] > 0
