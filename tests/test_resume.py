@@ -39,7 +39,7 @@ MOMENTS = {
     ),
     "behind the metrics, before the checkpoint": Stop(SAVE, 5),  # the fourth is iteration 0's
     "in the commit of a checkpoint": Stop(COMMIT, 4),
-    "in a later rollout": Stop("spo_jax.train.collect", 4),
+    "in a later rollout": Stop("spo_jax.train.collect"),
   },
   "grpo": {
     "between the checkpoints of reference and policy": Stop("spo_jax.run.Run.finish"),

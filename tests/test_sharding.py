@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -16,6 +17,8 @@ from jax.sharding import PartitionSpec as P
 from spo_jax import model, sharding
 from spo_jax.config import ConfigError, MeshConfig, ModelConfig
 
+pytest_plugins = ["runs"]
+
 TESTS = Path(__file__).parent
 MESHES = ((8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2), (2, 1, 4))
 EMBEDDING = [264, 32]
@@ -26,14 +29,20 @@ def name_of(mesh):
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def measured(shared):
   """measured(mesh) -> (arrays that must not depend on it, facts that do), see sharded.py."""
-  out = tmp_path_factory.mktemp("meshes")
-  environment = os.environ | {"PYTHONPATH": str(TESTS.parent), "JAX_PLATFORMS": "cpu"}
-  done = subprocess.run(
-    [sys.executable, TESTS / "sharded.py", out], env=environment, capture_output=True, text=True
-  )
-  assert done.returncode == 0, done.stderr[-3000:]
+  out = shared / "meshes"
+  with (shared / "meshes.lock").open("w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)  # once for all workers of the test session
+    if not out.exists():
+      environment = os.environ | {"PYTHONPATH": str(TESTS.parent), "JAX_PLATFORMS": "cpu"}
+      new = shared / "meshes.new"
+      new.mkdir()
+      done = subprocess.run(
+        [sys.executable, TESTS / "sharded.py", new], env=environment, capture_output=True, text=True
+      )
+      assert done.returncode == 0, done.stderr[-3000:]
+      new.rename(out)
 
   def read(mesh):
     facts = json.loads((out / f"{name_of(mesh)}.json").read_text())
