@@ -1,6 +1,6 @@
 # `make` lists the commands. The first one that needs it sets up .venv, once.
 .DEFAULT_GOAL := help
-.PHONY: help train test lint lock clean
+.PHONY: help train test test-devices lint lock clean
 
 CONFIG ?= configs/laptop_chain.yaml
 ARGS ?=
@@ -22,13 +22,16 @@ usable = $(call passing,$(PYTHONS),$(IN_RANGE))
 PYTHON ?= $(firstword $(call passing,$(usable),import ensurepip) $(usable))
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 train: $(READY) ## train with CONFIG (configs/laptop_chain.yaml); more in ARGS="--set seed=1"
 	@$(BIN)/python -m spo_jax.train --config $(CONFIG) $(ARGS)
 
 test: $(READY_TO_TEST) ## run all tests, or a choice: ARGS="tests/test_losses.py -k clip"
-	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not devices" $(ARGS)
+
+test-devices: $(READY_TO_TEST) ## run the tests of meshes and of several processes: 5 more minutes
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m devices $(ARGS)
 
 lint: $(READY) ## ruff and mypy
 	@status=0; $(BIN)/ruff check . || status=1; $(BIN)/mypy || status=1; exit $$status

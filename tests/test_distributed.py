@@ -77,6 +77,7 @@ def alone(config, shared):
   return run_dir
 
 
+@pytest.mark.devices
 def test_two_processes_and_then_four_are_the_run_of_one(config, alone, tmp_path):
   """Two are stopped by SIGTERM to one of them, four go on."""
   started = start(2, config, tmp_path)
@@ -106,6 +107,7 @@ def test_two_processes_and_then_four_are_the_run_of_one(config, alone, tmp_path)
   assert (tmp_path / "model" / "model.safetensors").exists()
 
 
+@pytest.mark.devices
 def test_a_process_that_dies_ends_the_others_within_a_minute(config, tmp_path):
   long = [*SETTINGS, "train.iterations=100000"]
   started = start(2, config, tmp_path, settings=long)

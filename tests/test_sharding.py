@@ -52,6 +52,7 @@ def measured(shared):
   return read
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("mesh", MESHES, ids=name_of)
 def test_sharded_equals_unsharded(measured, mesh):
   """Sampled tokens, masks and rewards exactly; losses and gradients to 1e-5."""
@@ -64,6 +65,7 @@ def test_sharded_equals_unsharded(measured, mesh):
     np.testing.assert_allclose(actual[name], value, rtol=0, atol=tolerance, err_msg=name)
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("mesh", MESHES, ids=name_of)
 def test_parameters_and_optimiser_state_are_shared_out(measured, mesh):
   whole = measured((1, 1, 1))[1]["bytes_per_device"][0]
@@ -76,12 +78,14 @@ def test_parameters_and_optimiser_state_are_shared_out(measured, mesh):
     assert whole / shards <= held[0] <= whole / shards + 0.02 * whole
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 1, 4)], ids=name_of)
 def test_without_fsdp_no_weight_is_gathered(measured, mesh):
   gathered = [shape for kind, shape in measured(mesh)[1]["update"] if kind == "all-gather"]
   assert not [shape for shape in gathered if 32 in shape[-2:] and len(shape) == 2], gathered
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("mesh", [(1, 4, 2), (2, 2, 2), (2, 1, 4)], ids=name_of)
 def test_where_the_vocabulary_is_shared_out_no_embedding_or_head_is_whole(measured, mesh):
   gathered = [shape for kind, shape in measured(mesh)[1]["update"] if kind == "all-gather"]
