@@ -156,12 +156,12 @@ class Experiment:
     shown = select(sampled, slice(settings.texts))
     return figures, validation.texts(questions, shown, self.decode(shown.samples))
 
-  def dev_accuracy(self, params: model.Params, count: int) -> float:
-    """Sampled accuracy on the validation split."""
+  def dev_accuracy(self, params: model.Params, count: int, temperature: float) -> float:
+    """Accuracy on the validation split; greedy at temperature 0."""
     settings = self.config.eval
     responses = validation.respond(
-      self.engine, params, self.held_out("validation", count), settings.temperature,
-      settings.top_p, self.key(Purpose.EVALUATE),
+      self.engine, params, self.held_out("validation", count), temperature, settings.top_p,
+      self.key(Purpose.EVALUATE),
     )  # fmt: skip
     return validation.accuracy(responses)
 

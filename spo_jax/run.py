@@ -152,7 +152,9 @@ class Run:
   def _keep_best(self, iteration: int) -> float:
     """Validation accuracy of the policy, which is saved where none before it was better."""
     count = self.experiment.config.eval.validation_problems
-    accuracy = self.experiment.dev_accuracy(self.state.params, count)
+    accuracy = self.experiment.dev_accuracy(
+      self.state.params, count, self.experiment.config.eval.temperature
+    )
     if accuracy > self._best_accuracy:
       self._best_accuracy = accuracy
       with Checkpoints(self._best_dir, keep=1) as checkpoints:

@@ -167,11 +167,13 @@ def supervised_update(
   tokens: jax.Array,
   is_token: jax.Array,
   mask: jax.Array,
+  step_size: float | jax.Array,
   micro_rows: int,
 ) -> tuple[TrainState, jax.Array]:
   """Cross-entropy on the masked tokens of i32[B, L] rows; returns the mean loss too.
 
   Args:
+    step_size: factor of the optimiser's step.
     micro_rows: rows of one forward and backward pass, a divisor of B.
   """
   count = jnp.maximum(jnp.sum(mask), 1)
@@ -186,7 +188,7 @@ def supervised_update(
     (tokens, is_token, mask),
   )
   value, _, grads = _accumulate(loss, state.params, batch, len(batch[0]))
-  return _apply(optimizer, state, grads, jnp.isfinite(value)), value
+  return _apply(optimizer, state, grads, jnp.isfinite(value), step_size), value
 
 
 def _accumulate(loss: Any, params: model.Params, batch: Any, used: jax.Array | int) -> Any:
@@ -206,12 +208,17 @@ def _accumulate(loss: Any, params: model.Params, batch: Any, used: jax.Array | i
 
 
 def _apply(
-  optimizer: optax.GradientTransformation, state: TrainState, grads: Any, wanted: jax.Array
+  optimizer: optax.GradientTransformation,
+  state: TrainState,
+  grads: Any,
+  wanted: jax.Array,
+  step_size: float | jax.Array = 1.0,
 ) -> TrainState:
-  """One optimiser step where `wanted`, the unchanged state otherwise."""
+  """One optimiser step, times `step_size`, where `wanted`; the unchanged state otherwise."""
 
   def step() -> TrainState:
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates = optax.tree.scale(step_size, updates)
     return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
 
   return constrain_parameters(jax.lax.cond(wanted, step, lambda: state))

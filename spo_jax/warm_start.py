@@ -1,4 +1,4 @@
-"""Supervised steps on demonstrations until a dev set's sampled accuracy is reached."""
+"""Supervised steps on demonstrations until a dev set's greedy accuracy is reached."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def warm_start(
   step, accuracy = 0, 0.0
   if restored := checkpoints.restore_newest(state):
     step, state, counters, _ = restored
-    accuracy = counters["sampled_accuracy"]
+    accuracy = counters["accuracy"]
     compiles.programs |= set(counters["programs"])
   with (
     checkpoints,
@@ -46,22 +46,25 @@ def warm_start(
   ):
     log.resume_at(step)
     while step < settings.max_steps and accuracy < settings.target_accuracy:
-      # The transition is fast: look more often once it has begun, to stop near the target.
+      # The transition is fast: look more often once it has begun, and take smaller steps, to
+      # stop near the target.
       near = 2 * accuracy >= settings.target_accuracy
       every = max(settings.check_every // 5, 1) if near else settings.check_every
       steps = min(every, settings.max_steps - step)
       for _ in range(steps):
         rows = experiment.demonstrations(step * settings.batch_rows, settings.batch_rows)
         state, loss = supervised_update(
-          experiment.model_config, optimizer, state, *rows,
+          experiment.model_config, optimizer, state, *rows, settings.last_step_size if near else 1.0,
           micro_rows=settings.micro_batch_rows or settings.batch_rows,
         )  # fmt: skip
         step += 1
-      accuracy = experiment.dev_accuracy(state.params, settings.check_problems)
+      accuracy = experiment.dev_accuracy(
+        state.params, settings.check_problems, temperature=0.0
+      )
       loss = float(to_host(loss))
-      log.log(step, {"loss": loss, "dev/sampled_accuracy": accuracy})
-      bar.advance(steps, loss=loss, sampled=accuracy)
-      counters = {"sampled_accuracy": accuracy, "programs": sorted(compiles.programs)}
+      log.log(step, {"loss": loss, "dev/greedy_accuracy": accuracy})
+      bar.advance(steps, loss=loss, greedy=accuracy)
+      counters = {"accuracy": accuracy, "programs": sorted(compiles.programs)}
       checkpoints.save(step, state, counters)
       if preemption.is_asked():
         raise preemption.reason()

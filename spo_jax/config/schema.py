@@ -139,9 +139,10 @@ class SFTConfig:
   max_steps: int = 0  # 0: no warm start
   batch_rows: int = 16
   micro_batch_rows: int = 0  # rows of one forward and backward pass, 0: the whole batch
-  target_accuracy: float = 1.0  # stop when sampled dev accuracy reaches this
+  target_accuracy: float = 1.0  # stop when greedy dev accuracy reaches this
   check_every: int = 25
   check_problems: int = 256
+  last_step_size: float = 1.0  # factor of the learning rate from half of target_accuracy on
   optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
