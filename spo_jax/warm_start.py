@@ -50,11 +50,12 @@ def warm_start(
       # stop near the target.
       near = 2 * accuracy >= settings.target_accuracy
       every = max(settings.check_every // 5, 1) if near else settings.check_every
+      step_size = settings.last_step_size if near else 1.0
       steps = min(every, settings.max_steps - step)
       for _ in range(steps):
         rows = experiment.demonstrations(step * settings.batch_rows, settings.batch_rows)
         state, loss = supervised_update(
-          experiment.model_config, optimizer, state, *rows, settings.last_step_size if near else 1.0,
+          experiment.model_config, optimizer, state, *rows, step_size,
           micro_rows=settings.micro_batch_rows or settings.batch_rows,
         )  # fmt: skip
         step += 1

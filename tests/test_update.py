@@ -472,18 +472,27 @@ def test_supervised_loss_is_the_mean_cross_entropy_and_falls():
   losses = []
   for _ in range(20):
     state, loss = supervised_update(
-      CONFIG, ADAM, state, rows.tokens, rows.is_token, rows.mask, micro_rows=R
+      CONFIG, ADAM, state, rows.tokens, rows.is_token, rows.mask, 1.0, micro_rows=R
     )
     losses.append(float(loss))
   assert losses[0] == pytest.approx(-picked.mean(), rel=1e-5)
   assert losses[-1] < 0.7 * losses[0]
 
 
-def supervised(rows, optimizer=ADAM, micro_rows=R):
+def supervised(rows, optimizer=ADAM, micro_rows=R, step_size=1.0):
   state = init_state(jax.tree.map(jnp.copy, PARAMS), optimizer)
   return supervised_update(
-    CONFIG, optimizer, state, rows.tokens, rows.is_token, rows.mask, micro_rows=micro_rows
-  )
+    CONFIG, optimizer, state, rows.tokens, rows.is_token, rows.mask, step_size,
+    micro_rows=micro_rows,
+  )  # fmt: skip
+
+
+def test_a_supervised_step_is_as_much_smaller_as_asked_for():
+  rows = random_rows()
+  whole, quarter = (supervised(rows, step_size=size)[0] for size in (1.0, 0.25))
+  assert_close(quarter.opt_state, whole.opt_state)
+  expected = jax.tree.map(lambda old, new: old + (new - old) / 4, PARAMS, whole.params)
+  assert_close(quarter.params, expected)
 
 
 def test_micro_batches_do_not_change_a_supervised_gradient():
@@ -511,7 +520,7 @@ def test_a_supervised_batch_without_a_mask_or_that_is_not_finite_changes_nothing
   params = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), PARAMS)
   state, loss = supervised_update(
     CONFIG, ADAM, init_state(jax.tree.map(jnp.copy, params), ADAM), rows.tokens, rows.is_token,
-    rows.mask, micro_rows=R,
+    rows.mask, 1.0, micro_rows=R,
   )  # fmt: skip
   assert_same(state, init_state(params, ADAM))
   assert not np.isfinite(loss)
