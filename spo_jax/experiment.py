@@ -258,7 +258,8 @@ def _model_config(config: Config, tokens: Any) -> ModelConfig:
   if config.model.path:
     stored = hf.read_config(config.model.path)
     check_context(config_at(config, config.train.iterations), stored.max_position)
-    return dataclasses.replace(stored, compute_dtype=config.model.compute_dtype)
+    own = config.model
+    return dataclasses.replace(stored, compute_dtype=own.compute_dtype, attention=own.attention)
   if config.model.vocab_size not in (0, len(tokens)):
     raise ValueError(
       f"model.vocab_size={config.model.vocab_size}, but the tokenizer has {len(tokens)} tokens. "

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from spo_jax.attention import cache_attention, causal_attention
 from spo_jax.config import ConfigError, ModelConfig
 from spo_jax.sharding import constrain
 from spo_jax.structs import KVCache
@@ -21,6 +22,9 @@ Params = Any  # nested dict of arrays
 
 # Hugging Face's initializer_range. Wider projections would drown the embeddings at the start.
 _INIT = nn.initializers.normal(0.02)
+
+# Scores of attention are products with batch dimensions: L^2 of them are never kept.
+_KEPT = {"layer": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 class RMSNorm(nn.Module):
@@ -76,22 +80,6 @@ def rotate(x: jax.Array, positions: jax.Array, frequency: np.ndarray) -> jax.Arr
   return turned.astype(x.dtype)
 
 
-def attend(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
-  """Grouped-query attention with float32 softmax.
-
-  Args:
-    q: [B, T, N, H]; keys, values: [B, K, C, H]; mask: bool[B, T, C], True where seen.
-  Returns: [B, T, N, H].
-  """
-  b, t, n, h = q.shape
-  k = keys.shape[1]
-  q = q.reshape(b, t, k, n // k, h)
-  scores = jnp.einsum("btkgh,bkch->bkgtc", q, keys, preferred_element_type=jnp.float32)
-  scores = jnp.where(mask[:, None, None], scores * h**-0.5, jnp.finfo(jnp.float32).min)
-  weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-  return jnp.einsum("bkgtc,bkch->btkgh", weights, values).reshape(b, t, n, h)
-
-
 def _dense(features: int, name: str, x: jax.Array, use_bias: bool = False) -> jax.Array:
   """A projection of the module that calls it, computed in the dtype of x."""
   return nn.Dense(features, use_bias=use_bias, dtype=x.dtype, kernel_init=_INIT, name=name)(x)
@@ -105,7 +93,7 @@ class Attention(nn.Module):
     self,
     x: jax.Array,
     positions: jax.Array,
-    mask: jax.Array,
+    is_token: jax.Array,
     past: tuple[jax.Array, jax.Array] | None,
   ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """With `past` ([B, K, C, H] each) the new keys and values go into slot `positions`."""
@@ -128,7 +116,11 @@ class Attention(nn.Module):
     else:
       keys, values = (_store(old, positions, new) for old, new in zip(past, (k, v)))
     keys, values = constrain(keys, "cache"), constrain(values, "cache")
-    out = constrain(attend(q, keys, values, mask), "heads").reshape(*x.shape[:-1], -1)
+    if past is None:
+      out = causal_attention(q, keys, values, is_token, c.attention)
+    else:
+      out = cache_attention(q, keys, values, positions)
+    out = constrain(out, "heads").reshape(*x.shape[:-1], -1)
     return _dense(c.hidden_size, "o_proj", out, use_bias=c.o_bias), (keys, values)
 
 
@@ -163,34 +155,40 @@ class DecoderLayer(nn.Module):
     self,
     x: jax.Array,
     positions: jax.Array,
-    mask: jax.Array,
+    is_token: jax.Array,
     past: tuple[jax.Array, jax.Array] | None,
   ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     eps = self.config.norm_eps
     normed = RMSNorm(eps, name="input_layernorm")(x)
-    out, present = Attention(self.config, name="self_attn")(normed, positions, mask, past)
+    out, present = Attention(self.config, name="self_attn")(normed, positions, is_token, past)
     x = constrain(x + out, "rows")
     normed = RMSNorm(eps, name="post_attention_layernorm")(x)
     return constrain(x + MLP(self.config, name="mlp")(normed), "rows"), present
 
 
 class Decoder(nn.Module):
-  """Token ids to final hidden states; `head_weight` turns those into logits."""
+  """Token ids to final hidden states; `head_weight` turns those into logits.
+
+  `remat` says what of a layer is kept for a backward pass, the rest is computed again:
+  everything (none), the layer's input and the outputs of its projections (dots), or its
+  input alone (layer).
+  """
 
   config: ModelConfig
+  remat: str = "none"
 
   @nn.compact
   def __call__(
     self,
     tokens: jax.Array,
     positions: jax.Array,
-    mask: jax.Array,
+    is_token: jax.Array,
     cache: KVCache | None = None,
   ) -> tuple[jax.Array, tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]]:
     """One forward pass.
 
     Args:
-      tokens, positions: i32[B, T]; mask: bool[B, T, C], C = T without a cache.
+      tokens, positions: i32[B, T], from 0 on where there is no cache; is_token: bool[B, T].
     Returns: hidden [B, T, E] and per-layer (keys, values), each [B, K, C, H].
     """
     c = self.config
@@ -198,10 +196,13 @@ class Decoder(nn.Module):
     if not c.tie_embeddings:
       self.param("lm_head", _INIT, (c.hidden_size, c.vocab_size), jnp.float32)
     x = constrain(constrain(embedding, "table")[tokens].astype(c.compute_dtype), "rows")
+    layer = DecoderLayer
+    if self.remat != "none":
+      layer = nn.remat(DecoderLayer, policy=_KEPT[self.remat])
     presents = []
     for i in range(c.num_layers):
       past = (cache.keys[i], cache.values[i]) if cache is not None else None
-      x, present = DecoderLayer(c, name=f"layers_{i}")(x, positions, mask, past)
+      x, present = layer(c, name=f"layers_{i}")(x, positions, is_token, past)
       presents.append(present)
     keys, values = zip(*presents)
     return RMSNorm(c.norm_eps, name="norm")(x), (keys, values)
@@ -219,7 +220,7 @@ def head_weight(config: ModelConfig, params: Params) -> jax.Array:
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
   """Fresh float32 parameters."""
   one = jnp.zeros((1, 1), jnp.int32)
-  return Decoder(config).init(key, one, one, jnp.ones((1, 1, 1), bool))["params"]
+  return Decoder(config).init(key, one, one, jnp.ones((1, 1), bool))["params"]
 
 
 def count_params(config: ModelConfig) -> int:
@@ -228,23 +229,23 @@ def count_params(config: ModelConfig) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-def _apply(config: ModelConfig, params: Params, *inputs: Any) -> Any:
-  return Decoder(config).apply({"params": params}, *inputs)
+def _apply(config: ModelConfig, params: Params, *inputs: Any, remat: str = "none") -> Any:
+  return Decoder(config, remat).apply({"params": params}, *inputs)
 
 
-def _causal(config: ModelConfig, params: Params, tokens: jax.Array, mask: jax.Array) -> Any:
+def _causal(
+  config: ModelConfig, params: Params, tokens: jax.Array, mask: jax.Array, remat: str = "none"
+) -> Any:
   """Forward over right-padded rows from position 0: hidden states, keys and values."""
-  length = tokens.shape[1]
-  causal = jnp.tril(jnp.ones((length, length), bool))
-  positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-  return _apply(config, params, tokens, positions, causal[None] & mask[:, None, :])
+  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+  return _apply(config, params, tokens, positions, mask, remat=remat)
 
 
 def hidden_states(
-  config: ModelConfig, params: Params, tokens: jax.Array, mask: jax.Array
+  config: ModelConfig, params: Params, tokens: jax.Array, mask: jax.Array, remat: str = "none"
 ) -> jax.Array:
   """Full causal forward over right-padded rows: i32[B, L], bool[B, L] -> [B, L, E]."""
-  return _causal(config, params, tokens, mask)[0]
+  return _causal(config, params, tokens, mask, remat)[0]
 
 
 def logits(config: ModelConfig, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
@@ -278,11 +279,9 @@ def decode_step(
   config: ModelConfig, params: Params, token: jax.Array, cache: KVCache
 ) -> tuple[jax.Array, KVCache]:
   """Appends one token per row: i32[B] -> next-token logits f32[B, V] and the longer cache."""
-  slots = cache.keys[0].shape[2]
-  mask = jnp.arange(slots)[None, None, :] <= cache.length[:, None, None]
-  hidden, (keys, values) = _apply(
-    config, params, token[:, None], cache.length[:, None], mask, cache
-  )
+  column, positions = token[:, None], cache.length[:, None]
+  is_token = jnp.ones(column.shape, bool)
+  hidden, (keys, values) = _apply(config, params, column, positions, is_token, cache)
   scores = jnp.einsum(
     "be,ev->bv", hidden[:, 0], head_weight(config, params), preferred_element_type=jnp.float32
   )

@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from spo_jax.config import ConfigError, MeshConfig
@@ -86,11 +86,13 @@ def constrain(x: jax.Array, name: str) -> jax.Array:
 def place(tree: Any, name: str, mesh: Mesh) -> Any:
   """Host arrays on the devices of the mesh, laid out as ACTIVATIONS says."""
   return jax.tree.map(
-    lambda x: jax.device_put(
-      x, NamedSharding(mesh, _fitting(ACTIVATIONS[name], jax.numpy.shape(x), mesh.shape))
-    ),
-    tree,
+    lambda x: jax.device_put(x, activation(name, jax.numpy.shape(x), mesh)), tree
   )
+
+
+def activation(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> NamedSharding:
+  """The sharding of one activation, by its name in ACTIVATIONS."""
+  return NamedSharding(mesh, _fitting(ACTIVATIONS[name], shape, mesh.shape))
 
 
 def constrain_parameters(tree: Any) -> Any:

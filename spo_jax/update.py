@@ -46,9 +46,10 @@ def score(
   tokens: jax.Array,
   is_token: jax.Array,
   temperature: float | jax.Array = 1.0,
+  remat: str = "none",
 ) -> jax.Array:
   """Logprobs f32[B, L] of rows by a full forward: slot t scores token t, slot 0 is 0."""
-  hidden = model.hidden_states(config, params, tokens, is_token)
+  hidden = model.hidden_states(config, params, tokens, is_token, remat)
   logprobs = token_logprobs(
     hidden[:, :-1], model.head_weight(config, params), tokens[:, 1:], temperature
   )
@@ -101,7 +102,7 @@ def policy_update(
   batch = batch.replace(advantages=advantages)
 
   def loss(params: model.Params, rows: TrainRows) -> tuple[jax.Array, dict[str, jax.Array]]:
-    logprobs = score(config, params, rows.tokens, rows.is_token, temperature)
+    logprobs = score(config, params, rows.tokens, rows.is_token, temperature, train.remat)
     objective, count, sums = policy_loss(
       logprobs, rows.logprobs, rows.advantages, rows.mask, train.clip_low, train.clip_high
     )
@@ -159,7 +160,9 @@ def summarise(updates: list[dict[str, jax.Array]]) -> dict[str, float]:
   }
 
 
-@program(static_argnames=("config", "optimizer", "micro_rows"), donate_argnames=("state",))
+@program(
+  static_argnames=("config", "optimizer", "micro_rows", "remat"), donate_argnames=("state",)
+)
 def supervised_update(
   config: ModelConfig,
   optimizer: optax.GradientTransformation,
@@ -169,18 +172,19 @@ def supervised_update(
   mask: jax.Array,
   step_size: float | jax.Array,
   micro_rows: int,
+  remat: str = "none",
 ) -> tuple[TrainState, jax.Array]:
   """Cross-entropy on the masked tokens of i32[B, L] rows; returns the mean loss too.
 
   Args:
     step_size: factor of the optimiser's step.
-    micro_rows: rows of one forward and backward pass, a divisor of B.
+    micro_rows: rows of one forward and backward pass, a divisor of B; remat: see model.Decoder.
   """
   count = jnp.maximum(jnp.sum(mask), 1)
 
   def loss(params: model.Params, rows: Any) -> tuple[jax.Array, tuple[()]]:
     tokens, is_token, mask = rows
-    logprobs = score(config, params, tokens, is_token)
+    logprobs = score(config, params, tokens, is_token, remat=remat)
     return -jnp.sum(jnp.where(mask, logprobs, 0.0)) / count, ()
 
   batch = jax.tree.map(

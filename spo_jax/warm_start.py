@@ -57,6 +57,7 @@ def warm_start(
         state, loss = supervised_update(
           experiment.model_config, optimizer, state, *rows, step_size,
           micro_rows=settings.micro_batch_rows or settings.batch_rows,
+          remat=experiment.config.train.remat,
         )  # fmt: skip
         step += 1
       accuracy = experiment.dev_accuracy(

@@ -281,6 +281,8 @@ IMPOSSIBLE = [
    "high_freq_factor=4.0 low_freq_factor=4.0"),
   ("mesh.tensor=0", "mesh.tensor=0"),
   ("mesh.data=-2", "mesh.data=-2"),
+  ("model.attention=flash", "model.attention=flash auto xla cudnn splash"),
+  ("train.remat=layers", "train.remat=layers (did you mean layer?)"),
   ("sft.batch_rows=10 sft.micro_batch_rows=4", "sft.batch_rows=10 sft.micro_batch_rows=4"),
   ('schedule=["5"]', "schedule 5"),
   ('schedule=["-1:spo.interval=2"]', "schedule -1:spo.interval=2"),

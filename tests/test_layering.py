@@ -17,15 +17,16 @@ LEVELS = {
   0: "structs config",
   1: "segments advantages losses sharding distributed layout compiles tasks tokenizer stops "
   "metrics runlog",
-  2: "model prompts",
-  3: "sampler hf",
-  4: "rollouts packing checkpoint update",
-  5: "validation report plan compare grade",
-  6: "experiment",
-  7: "algorithms warm_start",
-  8: "run",
-  9: "train sources",
-  10: "evaluate sft",
+  2: "attention prompts",
+  3: "model",
+  4: "sampler hf",
+  5: "rollouts packing checkpoint update",
+  6: "validation report plan compare grade",
+  7: "experiment",
+  8: "algorithms warm_start",
+  9: "run",
+  10: "train sources",
+  11: "evaluate sft",
 }
 LEVEL = {room: level for level, rooms in LEVELS.items() for room in rooms.split()}
 

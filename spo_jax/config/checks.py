@@ -7,8 +7,10 @@ import difflib
 
 from spo_jax.config.schema import (
   ALGORITHMS,
+  ATTENTION,
   FAMILIES,
   KL_KINDS,
+  REMAT,
   ROPE_KINDS,
   TREE_BASELINES,
   Config,
@@ -112,7 +114,9 @@ def _validate_ranges(config: Config) -> None:
     "algorithm": ALGORITHMS,
     "spo.baseline": TREE_BASELINES,
     "train.kl.kind": KL_KINDS,
+    "train.remat": REMAT,
     "train.kl.aggregation": ("sequence_sum", "token_mean"),
+    "model.attention": ATTENTION,
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.family": FAMILIES,
     "model.rope_scaling.kind": ROPE_KINDS,

@@ -11,6 +11,8 @@ TREE_BASELINES = ("mean", "std", "leave_one_out")
 KL_KINDS = ("k1", "abs", "k2", "k3")
 FAMILIES = ("auto", "llama", "mistral", "qwen2", "qwen3")
 ROPE_KINDS = ("none", "linear", "llama3")
+ATTENTION = ("auto", "xla", "cudnn", "splash")
+REMAT = ("none", "layer", "dots")
 
 
 class ConfigError(ValueError):
@@ -35,7 +37,7 @@ class RopeScaling:
 class ModelConfig:
   """A decoder: Llama, Mistral, Qwen2 or Qwen3 by its flags. Hashable: a static argument.
 
-  With `path` the folder says everything but compute_dtype.
+  With `path` the folder says everything but compute_dtype and attention.
   """
 
   path: str | None = None  # a model folder or hub name; None: a new model of this shape
@@ -58,6 +60,7 @@ class ModelConfig:
   rope_scaling: RopeScaling = field(default_factory=RopeScaling)
   max_position: int = 2048
   compute_dtype: str = "float32"
+  attention: str = "auto"  # | xla | cudnn | splash: the kernel of full rows, see attention.py
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ class TrainConfig:
   epochs: int = 1  # passes over the rows of one iteration
   batch_rows: int = 128  # rows of one optimiser update
   micro_batch_rows: int = 32  # rows of one forward and backward pass
+  remat: str = "none"  # | dots | layer: what the backward pass computes again, see model.py
   clip_low: float = 0.2
   clip_high: float = 0.2
   probability_mask: bool = True  # train only on tokens with p_old < spo.threshold

@@ -1,0 +1,157 @@
+"""Attention, with the kernel of each platform behind one function.
+
+`dense` is the definition, and what runs on a CPU and in decoding. Over whole rows a TPU runs
+Pallas splash attention and an NVIDIA GPU cuDNN's: neither makes an array of scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from spo_jax.config import ConfigError
+from spo_jax.sharding import activation
+
+_HOME = {"splash": "tpu", "cudnn": "gpu"}  # the platform of each kernel
+
+_LANES = 128  # splash attention takes lengths and blocks in multiples of it
+_LARGEST_BLOCK = 512
+
+Kernel = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def causal_attention(
+  q: jax.Array, keys: jax.Array, values: jax.Array, is_token: jax.Array, asked: str = "auto"
+) -> jax.Array:
+  """Every token of a row sees itself and the tokens in front of it.
+
+  Rows are right-padded, so no token has padding in front of it: `dense` leaves padding out of
+  what padding itself sees, the kernels do not. What comes out at padding is finite, and unused.
+
+  Args:
+    q: [B, T, N, H]; keys, values: [B, K, T, H], each for N / K heads; is_token: bool[B, T].
+    asked: model.attention.
+  Returns: [B, T, N, H].
+  Raises: ConfigError where the kernel that was asked for cannot run.
+  """
+  kind = kernel_for(asked, q.dtype, q.shape[-1])
+  if kind == "splash":
+    return _on_every_device(splash, q, keys, values)
+  if kind == "cudnn":
+    return _on_every_device(cudnn, q, keys, values)
+  length = q.shape[1]
+  causal = jnp.tril(jnp.ones((length, length), bool))
+  return dense(q, keys, values, causal[None] & is_token[:, None, :])
+
+
+def cache_attention(
+  q: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
+) -> jax.Array:
+  """Every query sees the slots of its cache up to its own position; dense on all platforms.
+
+  Args:
+    q: [B, T, N, H]; keys, values: [B, K, C, H]; positions: i32[B, T] of the queries.
+  Returns: [B, T, N, H].
+  """
+  slots = keys.shape[2]
+  return dense(q, keys, values, jnp.arange(slots)[None, None, :] <= positions[:, :, None])
+
+
+def dense(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+  """Grouped-query attention with float32 softmax.
+
+  Args:
+    q: [B, T, N, H]; keys, values: [B, K, C, H]; mask: bool[B, T, C], True where seen.
+  Returns: [B, T, N, H].
+  """
+  b, t, n, h = q.shape
+  k = keys.shape[1]
+  q = q.reshape(b, t, k, n // k, h)
+  scores = jnp.einsum("btkgh,bkch->bkgtc", q, keys, preferred_element_type=jnp.float32)
+  scores = jnp.where(mask[:, None, None], scores * h**-0.5, jnp.finfo(jnp.float32).min)
+  weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+  return jnp.einsum("bkgtc,bkch->btkgh", weights, values).reshape(b, t, n, h)
+
+
+def splash(
+  q: jax.Array, keys: jax.Array, values: jax.Array, interpret: bool = False
+) -> jax.Array:
+  """Causal attention of one TPU, block by block: q [B, T, N, H], keys [B, K, T, H].
+
+  Any length will do: rows are filled up to a multiple of 128. `interpret` runs it elsewhere,
+  slowly.
+  """
+  # Pallas takes a second to load, and only TPUs need it.
+  from jax.experimental.pallas.ops.tpu import splash_attention as pallas
+
+  length, heads, width = q.shape[1:]
+  filled = -(-length // _LANES) * _LANES
+  block = max(b for b in range(_LANES, _LARGEST_BLOCK + 1, _LANES) if filled % b == 0)
+  kernel = pallas.make_splash_mha_single_device(
+    pallas.MultiHeadMask([pallas.CausalMask((filled, filled))] * heads),
+    block_sizes=pallas.BlockSizes(
+      block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block,
+      block_kv_dq=block,
+    ),
+    interpret=interpret,
+  )  # fmt: skip
+  scaled = (q.astype(jnp.float32) * width**-0.5).astype(q.dtype)
+  inputs = (scaled.swapaxes(1, 2), keys, values)
+  padding = ((0, 0), (0, 0), (0, filled - length), (0, 0))
+  out = jax.vmap(kernel)(*(jnp.pad(x, padding) for x in inputs))
+  return out[:, :, :length].swapaxes(1, 2)
+
+
+def cudnn(q: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+  """Causal attention of one NVIDIA GPU: q [B, T, N, H], keys [B, K, T, H], in half precision."""
+  return jax.nn.dot_product_attention(
+    q, keys.swapaxes(1, 2), values.swapaxes(1, 2), is_causal=True, implementation="cudnn"
+  )
+
+
+def kernel_for(asked: str, dtype: jax.typing.DTypeLike, width: int) -> str:
+  """Which of xla, splash and cudnn a program runs with; `auto` leaves it to the platform.
+
+  The platform is that of the mesh, because programs are compiled for devices that are not here.
+
+  Raises: ConfigError where the kernel that was asked for does not run there, or not so.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  platform = device.platform if device is not None else jax.default_backend()
+  half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+  known_to_cudnn = half and width % 8 == 0 and width <= 128
+  if asked == "auto":
+    return "splash" if platform == "tpu" else (
+      "cudnn" if platform == "gpu" and known_to_cudnn else "xla"
+    )  # fmt: skip
+  if (home := _HOME.get(asked, platform)) != platform:
+    raise ConfigError(
+      f"model.attention={asked} runs on a {home}, and the devices are {platform}. Set it to auto."
+    )
+  if asked == "cudnn" and not known_to_cudnn:
+    raise ConfigError(
+      f"model.attention=cudnn takes bfloat16 and heads of 8, 16 ... 128 channels, not {dtype} and "
+      f"{width}. Set it to auto."
+    )
+  return asked
+
+
+def _on_every_device(
+  kernel: Kernel, q: jax.Array, keys: jax.Array, values: jax.Array
+) -> jax.Array:
+  """Each device runs the kernel on its own rows and heads: the partitioner cannot look inside."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return kernel(q, keys, values)
+  # Where `tensor` divides the heads, but not those of the keys, keys are copied until it does.
+  heads, group, shards = keys.shape[1], q.shape[2] // keys.shape[1], mesh.shape.get("tensor", 1)
+  copies = next((c for c in range(1, group + 1) if not (group % c or heads * c % shards)), 1)
+  if copies > 1:
+    keys, values = (jnp.repeat(x, copies, axis=1) for x in (keys, values))
+  rows = activation("heads", q.shape, mesh).spec
+  cached = activation("cache", keys.shape, mesh).spec
+  return jax.shard_map(
+    kernel, in_specs=(rows, cached, cached), out_specs=rows, check_vma=False
+  )(q, keys, values)  # fmt: skip
