@@ -21,7 +21,8 @@ pytest_plugins = ["runs"]
 
 TESTS = Path(__file__).parent
 MESHES = ((8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2), (2, 1, 4))
-EMBEDDING = [264, 32]
+VOCABULARY = 264
+EMBEDDING = [VOCABULARY, 32]
 
 
 def name_of(mesh):
@@ -90,6 +91,15 @@ def test_without_fsdp_no_weight_is_gathered(measured, mesh):
 def test_where_the_vocabulary_is_shared_out_no_embedding_or_head_is_whole(measured, mesh):
   gathered = [shape for kind, shape in measured(mesh)[1]["update"] if kind == "all-gather"]
   assert EMBEDDING not in gathered and EMBEDDING[::-1] not in gathered
+
+
+@pytest.mark.devices
+@pytest.mark.parametrize("mesh", [(1, 4, 2), (2, 2, 2), (2, 1, 4)], ids=name_of)
+def test_where_the_vocabulary_is_shared_out_no_logits_travel(measured, mesh):
+  """The update adds up maxima and sums over the vocabulary; nothing as wide as it moves."""
+  moved = [shape for _, shape in measured(mesh)[1]["update"]]
+  assert moved
+  assert not [shape for shape in moved if VOCABULARY in shape]
 
 
 @pytest.mark.parametrize(
