@@ -250,6 +250,6 @@ def test_bad_arguments_name_themselves():
   x, mask = np.zeros((1, 2)), np.ones((1, 2), bool)
   for function in BOTH:
     with pytest.raises(ValueError, match="chunk_tokens=0"):
-      function(np.zeros((1, 2, 3)), np.zeros((3, 4)), np.zeros((1, 2), int), mask, 1.0, chunk_tokens=0)
+      function(np.zeros((1, 2, 3)), np.zeros((3, 4)), x.astype(int), mask, 1.0, chunk_tokens=0)
     with pytest.raises(AssertionError):
       function(x, x, x, mask, 1.0)
