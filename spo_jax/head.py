@@ -162,21 +162,23 @@ def _forward(
   chunks, order = _order(mask, chunk)
   weights = constrain(head, "head")
 
-  def add(i: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+  def add(i: jax.Array, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     at = _slice(order, i, chunk)
     scaled = _logits(_take(hidden, at), weights) / temperature
-    normaliser = jax.nn.logsumexp(scaled, axis=-1)
+    largest = jnp.max(scaled, axis=-1)
+    log_total = jnp.log(jnp.sum(jnp.exp(scaled - largest[..., None]), axis=-1))
     chosen = jnp.take_along_axis(scaled, _take(targets, at)[..., None], axis=-1)[..., 0]
-    return tuple(_write(x, y, i) for x, y in zip(found, (chosen - normaliser, normaliser)))
+    parts = (chosen - largest - log_total, largest, log_total)
+    return tuple(_write(x, y, i) for x, y in zip(found, parts))
 
   nothing = constrain(jnp.zeros(order.shape, jnp.float32), "rows")
-  logprobs, normalisers = jax.lax.fori_loop(0, chunks, add, (nothing, nothing))
-  saved = (hidden, head, targets, mask, temperature, normalisers)
-  return _unpack(logprobs, mask), saved
+  # The largest logit and the rest of log-sum-exp apart: their sum would lose digits of softmax.
+  logprobs, *normaliser = jax.lax.fori_loop(0, chunks, add, (nothing,) * 3)
+  return _unpack(logprobs, mask), (hidden, head, targets, mask, temperature, *normaliser)
 
 
 def _backward(chunk: int, saved: Any, cotangent: jax.Array) -> tuple[Any, ...]:
-  hidden, head, targets, mask, temperature, normalisers = saved
+  hidden, head, targets, mask, temperature, largest, log_total = saved
   chunks, order = _order(mask, chunk)
   weights = constrain(head, "head")
   count = jnp.sum(mask, axis=1, keepdims=True)
@@ -189,7 +191,8 @@ def _backward(chunk: int, saved: Any, cotangent: jax.Array) -> tuple[Any, ...]:
     scale = jnp.where(inside, _take(cotangent, at), 0.0)[..., None] / temperature
     scaled = _logits(states, weights) / temperature
     is_target = jnp.arange(head.shape[1]) == labels[..., None]
-    by_logit = scale * (is_target - jnp.exp(scaled - _slice(normalisers, i, chunk)[..., None]))
+    high, rest = (_slice(x, i, chunk)[..., None] for x in (largest, log_total))
+    by_logit = scale * (is_target - jnp.exp(scaled - high - rest))
     by_state = _write(by_state, _einsum("scv,ev->sce", by_logit, weights), i)
     by_head += constrain(_einsum("sce,scv->sev", states, by_logit), "vocabulary")
     return by_state, by_head, by_temperature - jnp.sum(by_logit * scaled)
