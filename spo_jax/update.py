@@ -105,7 +105,9 @@ def policy_update(
   batch = batch.replace(advantages=advantages)
 
   def loss(params: model.Params, rows: TrainRows) -> tuple[jax.Array, dict[str, jax.Array]]:
-    logprobs = score(config, params, rows.tokens, rows.is_token, rows.mask, temperature, train.remat)
+    logprobs = score(
+      config, params, rows.tokens, rows.is_token, rows.mask, temperature, train.remat
+    )
     objective, count, sums = policy_loss(
       logprobs, rows.logprobs, rows.advantages, rows.mask, train.clip_low, train.clip_high
     )

@@ -64,7 +64,9 @@ def test_remat_changes_no_gradient():
   batch = jax.tree.map(lambda x: x[0], batch)
 
   def loss(params, remat):
-    scores = score(CONFIG, params, batch.tokens, batch.is_token, temperature, remat)
+    scores = score(
+      CONFIG, params, batch.tokens, batch.is_token, batch.is_token, temperature, remat
+    )
     return jnp.sum(jnp.where(batch.mask, batch.advantages * scores, 0))
 
   gradients = jax.jit(lambda p: tuple(jax.grad(loss)(p, remat) for remat in KINDS))
