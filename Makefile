@@ -33,8 +33,9 @@ test: $(READY_TO_TEST) ## run all tests, or a choice: ARGS="tests/test_losses.py
 test-devices: $(READY_TO_TEST) ## run the tests of meshes and of several processes: 5 more minutes
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m devices $(ARGS)
 
-lint: $(READY) ## ruff and mypy
-	@status=0; $(BIN)/ruff check . || status=1; $(BIN)/mypy || status=1; exit $$status
+lint: $(READY) ## ruff, mypy and shellcheck
+	@status=0; $(BIN)/ruff check . || status=1; $(BIN)/mypy || status=1; \
+	  $(BIN)/shellcheck -x launch/*.sh || status=1; exit $$status
 
 lock: $(READY) ## resolve pyproject.toml into requirements.txt again (ARGS=--upgrade for news)
 	@$(BIN)/pip install -q --disable-pip-version-check uv
