@@ -58,8 +58,9 @@ apply() {
   ! has_option --resume "$@" || die "--resume is added where the run exists; leave it out"
   for word; do
     [[ $word != *[[:cntrl:]]* ]] || die "an argument holds a control character"
-    word=${word//\\/\\\\}
-    args+="${args:+, }\"${word//\"/\\\"}\""
+    word=${word//\\/'\\'}
+    word=${word//\"/'\"'}
+    args+="${args:+, }\"$word\""
   done
   text=$(<launch/gke_jobset.yaml)
   # Quoted replacements: bash 5.2 would read an & in them as the match.

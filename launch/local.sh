@@ -17,7 +17,7 @@ cd "$(dirname "$0")/.."
 # shellcheck source=launch/lib.sh
 source launch/lib.sh
 
-processes=2 devices= port= grace=30 command=
+processes=2 devices='' port='' grace=30 command=''
 while (($#)); do
   case $1 in
     -h | --help) usage; exit 0 ;;
@@ -109,7 +109,7 @@ for ((i = 0; i < processes; i++)); do
   exec {out}>&-
 done
 
-code=0 deadline=
+code=0 deadline=''
 while ((${#alive[@]})); do
   for i in "${!alive[@]}"; do
     pid=${alive[$i]}

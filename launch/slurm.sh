@@ -16,7 +16,7 @@ cd "$(dirname "$0")/.."
 # shellcheck source=launch/lib.sh
 source launch/lib.sh
 
-nodes= gpus= time=04:00:00 extra=()
+nodes='' gpus='' time=04:00:00 extra=()
 while (($#)); do
   case $1 in
     -h | --help) usage; exit 0 ;;
@@ -24,7 +24,11 @@ while (($#)); do
     --nodes) nodes=$(value_of --nodes "$@"); shift 2 ;;
     --gpus) gpus=$(value_of --gpus "$@"); shift 2 ;;
     --time) time=$(value_of --time "$@"); shift 2 ;;
-    --partition | --account) extra+=("$1=$(value_of "$1" "$@")"); shift 2 ;;
+    --partition | --account)
+      value=$(value_of "$1" "$@")
+      extra+=("$1=$value")
+      shift 2
+      ;;
     *) break ;;
   esac
 done

@@ -29,7 +29,7 @@ case $task in
   *) die "'$task' is none of create, setup, train, run, delete" ;;
 esac
 
-name= zone= type= version= bucket= run_name= retries=20 spot=() project=()
+name='' zone='' type='' version='' bucket='' run_name='' retries=20 spot=() project=()
 while (($#)); do
   case $1 in
     -h | --help) usage; exit 0 ;;
@@ -42,7 +42,11 @@ while (($#)); do
     --bucket) bucket=$(value_of --bucket "$@"); shift 2 ;;
     --run) run_name=$(value_of --run "$@"); shift 2 ;;
     --retries) retries=$(value_of --retries "$@"); shift 2 ;;
-    --project) project=(--project "$(value_of --project "$@")"); shift 2 ;;
+    --project)
+      value=$(value_of --project "$@")
+      project=(--project "$value")
+      shift 2
+      ;;
     *) break ;;
   esac
 done
@@ -87,10 +91,10 @@ setup() {
     run git archive --format=tar.gz -o "$archive" HEAD &&
     run "${tpu[@]}" scp "$archive" "$name:spo_jax.tar.gz" --zone "$zone" "${project[@]}" \
       --worker=all &&
-    install
+    install_everywhere
 }
 
-install() {
+install_everywhere() {
   # The images bring Python 3.10, which is too old; uv brings its own.
   # shellcheck disable=SC2016
   on_all_workers 'set -e; mkdir -p spo_jax; tar -xzf spo_jax.tar.gz -C spo_jax; cd spo_jax

@@ -41,6 +41,13 @@ def launch(script, *arguments, **more):
   )  # fmt: skip
 
 
+def words_of(line):
+  """The words of a printed command, as bash reads them ($'a\\nb' too, which shlex does not)."""
+  script = f"words=({line}); printf '%s\\0' \"${{words[@]}}\""
+  done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+  return done.stdout.split("\0")[:-1]
+
+
 def dry_run(script, *arguments, **more):
   done = launch(script, *arguments, **more)
   assert done.returncode == 0, done.stderr
@@ -165,7 +172,7 @@ def test_tpu_dry_run_creates_copies_installs_trains_and_deletes():
   out = dry_run("tpu_vm.sh", "run", "--dry-run", "--spot", *TPU, *BUCKET, *TRAIN)
   verbs = re.findall(r"^gcloud compute tpus tpu-vm (\w+)", out, re.M)
   assert verbs == ["create", "scp", "ssh", "ssh", "describe", "delete"]
-  lines = [shlex.split(line) for line in out.splitlines() if line.startswith("gcloud")]
+  lines = [words_of(line) for line in out.splitlines() if line.startswith("gcloud")]
   assert {"--spot", "--accelerator-type", "v5litepod-16", "--version", "v2"} < set(lines[0])
   assert all({"pod", "z"} < set(line) for line in lines if line[4] != "scp")
   assert all("--worker=all" in line for line in lines[1:4])
@@ -174,10 +181,7 @@ def test_tpu_dry_run_creates_copies_installs_trains_and_deletes():
 
 def test_tpu_worker_command_survives_its_quoting_and_resumes(tmp_path):
   out = dry_run("tpu_vm.sh", "train", "--dry-run", *TPU, *BUCKET, *TRAIN)
-  command = shlex.split(out.replace("$'", "'"))[-1] if "$'" not in out else subprocess.run(
-    ["bash", "-c", f"gcloud() {{ printf %s \"${{@: -1}}\"; }}; {out}"],
-    capture_output=True, text=True, check=True,
-  ).stdout  # fmt: skip
+  command = words_of(out)[-1]
   python = tmp_path / "spo_jax" / ".venv" / "bin"
   path = fake_programs(tmp_path / "bin", gcsfuse="exit 0", mountpoint="exit 0")
   python.mkdir(parents=True)
@@ -280,7 +284,7 @@ def test_local_processes_get_their_number_and_their_lines_a_prefix():
 
 
 def test_local_stops_the_others_when_one_dies_and_returns_its_code():
-  stub = "((SPO_PROCESS_ID == 1)) && exit 7; trap 'echo told; exit 0' TERM; sleep 30 & wait"
+  stub = "((SPO_PROCESS_ID == 1)) && sleep 1 && exit 7; trap 'echo told; exit 0' TERM; sleep 30 & wait"
   start = time.monotonic()
   done = launch("local.sh", "--processes", 3, "--command", stub)
   assert done.returncode == 7
@@ -290,7 +294,7 @@ def test_local_stops_the_others_when_one_dies_and_returns_its_code():
 
 
 def test_local_kills_a_process_that_does_not_end_in_the_grace_period():
-  stub = "((SPO_PROCESS_ID)) && exit 7; trap '' TERM; sleep 30; sleep 30"
+  stub = "((SPO_PROCESS_ID)) && sleep 1 && exit 7; trap '' TERM; sleep 30; sleep 30"
   start = time.monotonic()
   assert launch("local.sh", "--grace", 1, "--command", stub).returncode == 7
   assert time.monotonic() - start < 15
