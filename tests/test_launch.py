@@ -284,7 +284,10 @@ def test_local_processes_get_their_number_and_their_lines_a_prefix():
 
 
 def test_local_stops_the_others_when_one_dies_and_returns_its_code():
-  stub = "((SPO_PROCESS_ID == 1)) && sleep 1 && exit 7; trap 'echo told; exit 0' TERM; sleep 30 & wait"
+  stub = (
+    "((SPO_PROCESS_ID == 1)) && sleep 1 && exit 7; "
+    "trap 'echo told; exit 0' TERM; sleep 30 & wait"
+  )
   start = time.monotonic()
   done = launch("local.sh", "--processes", 3, "--command", stub)
   assert done.returncode == 7
