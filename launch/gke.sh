@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on a TPU slice of a GKE cluster with JobSet; Kubernetes restarts it after a preemption.
 #
-#   launch/gke.sh COMMAND --name NAME [options] [--config FILE ...]
+#   launch/gke.sh COMMAND --name NAME [options] [--config FILE [arguments of spo_jax.train ...]]
 #
 #   apply    start the run NAME, from launch/gke_jobset.yaml
 #   logs     of all its pods, as they come
@@ -20,54 +20,25 @@ cd "$(dirname "$0")/.."
 # shellcheck source=launch/lib.sh
 source launch/lib.sh
 
-task=${1-}
-case $task in
-  -h | --help) usage; exit 0 ;;
-  apply | logs | delete) shift ;;
-  *) die "'$task' is none of apply, logs, delete" ;;
-esac
-
-declare -A option=()
-for key in name image accelerator topology hosts chips claim; do option[$key]=; done
-while (($#)); do
-  case $1 in
-    -h | --help) usage; exit 0 ;;
-    --dry-run) DRY_RUN=true; shift ;;
-    --name | --image | --accelerator | --topology | --hosts | --chips | --claim)
-      option[${1#--}]=$(value_of "$1" "$@")
-      shift 2
-      ;;
-    *) break ;;
-  esac
-done
-name=${option[name]}
-[[ -n $name ]] || die "--name NAME is missing"
-[[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || die "--name '$name' must be of a-z, 0-9 and -"
-
 apply() {
   local key text args='' word
-  for key in image accelerator topology hosts chips claim; do
-    [[ -n ${option[$key]} ]] || die "--$key is missing"
-    # They stand between double quotes in the template.
-    [[ ${option[$key]} =~ ^[A-Za-z0-9._:/@-]+$ ]] || die "--$key '${option[$key]}' is no plain word"
-  done
-  is_count --hosts "${option[hosts]}"
-  is_count --chips "${option[chips]}"
-  has_option --config "$@" || die "--config FILE is missing"
-  ! has_option --run-dir "$@" || die "--run-dir is the claim's folder --name; leave it out"
-  ! has_option --resume "$@" || die "--resume is added where the run exists; leave it out"
+  local keys=(name image accelerator topology hosts chips claim)
+  need "${keys[@]}"
+  need_count hosts chips
+  (($#)) || die "--config FILE is missing"
+  [[ -z $(value_of run-dir "$@") ]] || die "--run-dir is the claim's folder --name; leave it out"
   for word; do
     [[ $word != *[[:cntrl:]]* ]] || die "an argument holds a control character"
-    word=${word//\\/'\\'}
-    word=${word//\"/'\"'}
-    args+="${args:+, }\"$word\""
+    word=${word//[\\]/\\\\}
+    args+="${args:+, }\"${word//\"/\\\"}\""
   done
   text=$(<launch/gke_jobset.yaml)
-  # Quoted replacements: bash 5.2 would read an & in them as the match.
-  for key in "${!option[@]}"; do
+  for key in "${keys[@]}"; do
+    # They stand between double quotes in the template.
+    [[ ${option[$key]} =~ ^[A-Za-z0-9._:/@-]+$ ]] || die "--$key '${option[$key]}' is no plain word"
     text=${text//"__${key^^}__"/"${option[$key]}"}
   done
-  text=${text/__ARGS__/"[$args]"}
+  text=${text/__ARGS__/"[$args]"}  # quoted: bash 5.2 would read an & in it as the match
   if $DRY_RUN; then
     printf "kubectl apply -f - <<'EOF_JOBSET'\n%s\nEOF_JOBSET\n" "$text"
   else
@@ -75,8 +46,18 @@ apply() {
   fi
 }
 
+task=${1-}
 case $task in
-  apply) apply "$@" ;;
+  -h | --help) usage; exit ;;
+  apply | logs | delete) shift ;;
+  *) die "'$task' is none of apply, logs, delete" ;;
+esac
+read_options "name image accelerator topology hosts chips claim" "" "$@"
+need name
+name=${option[name]}
+[[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || die "--name '$name' must be of a-z, 0-9 and -"
+case $task in
+  apply) apply "${rest[@]}" ;;
   logs)
     run kubectl logs -f --prefix --max-log-requests=1000 -l "jobset.sigs.k8s.io/jobset-name=$name"
     ;;

@@ -6,9 +6,6 @@
 #   --processes N    how many (2)
 #   --devices N      of all processes together (as many as processes): virtual ones on the CPU,
 #                    GPUs with JAX_PLATFORMS=cuda
-#   --port PORT      of process 0 (one that is free)
-#   --grace SECONDS  for the others to end once one has died, before they are killed (30)
-#   --command CMD    start this shell command instead of python -m spo_jax.train
 #   --dry-run        print the commands, start nothing
 #
 # Its exit code is that of the first process that fails. Ctrl-C and SIGTERM are passed on.
@@ -17,49 +14,27 @@ cd "$(dirname "$0")/.."
 # shellcheck source=launch/lib.sh
 source launch/lib.sh
 
-processes=2 devices='' port='' grace=30 command=''
-while (($#)); do
-  case $1 in
-    -h | --help) usage; exit 0 ;;
-    --dry-run) DRY_RUN=true; shift ;;
-    --processes) processes=$(value_of --processes "$@"); shift 2 ;;
-    --devices) devices=$(value_of --devices "$@"); shift 2 ;;
-    --port) port=$(value_of --port "$@"); shift 2 ;;
-    --grace) grace=$(value_of --grace "$@"); shift 2 ;;
-    --command) command=$(value_of --command "$@"); shift 2 ;;
-    *) break ;;
-  esac
-done
-is_count --processes "$processes"
-devices=${devices:-$processes}
-is_count --devices "$devices"
-is_count --grace "$grace"
-[[ -z $port ]] || is_count --port "$port"
-((devices % processes == 0)) || die "--devices $devices is no multiple of --processes $processes"
+option=([processes]=2)
+read_options "processes devices" "" "$@"
+need_count processes
+processes=${option[processes]}
+option[devices]=${option[devices]-$processes}
+need_count devices
+((option[devices] % processes == 0)) ||
+  die "--devices ${option[devices]} is no multiple of --processes $processes"
+((${#rest[@]})) || die "--config FILE is missing"
+[[ -n $(value_of run-dir "${rest[@]}") ]] ||
+  die "--run-dir DIR is missing: the processes must agree on it"
 
-python=${PYTHON:-.venv/bin/python}
-[[ -x $python ]] || python=$(command -v "$python" || command -v python3) || die "no python3 found"
-if [[ -n $command ]]; then
-  program=(bash -c "$command" spo_jax.train "$@")
-else
-  has_option --config "$@" || die "--config FILE is missing"
-  has_option --run-dir "$@" || die "--run-dir DIR is missing: the processes must agree on it"
-  program=("$python" -m spo_jax.train "$@")
-fi
-
-if [[ -z $port ]] && $DRY_RUN; then
-  port=12355
-elif [[ -z $port ]]; then
-  port=$("$python" -c 'import socket
-with socket.socket() as s:
-  s.bind(("localhost", 0))
-  print(s.getsockname()[1])')
-fi
+# Below the ports that the system hands out by itself.
+port=$((20000 + RANDOM % 12000))
+while (: <>"/dev/tcp/localhost/$port") 2>/dev/null; do port=$((port + 1)); done
 
 platform=${JAX_PLATFORMS:-cpu}
-share=$((devices / processes))
-# environment INDEX: sets `words`, the environment and command of a process.
-environment() {
+share=$((option[devices] / processes))
+
+# command_of INDEX: sets `words`, the environment and command of a process.
+command_of() {
   words=(
     env "SPO_COORDINATOR=localhost:$port" "SPO_PROCESSES=$processes" "SPO_PROCESS_ID=$1"
     "JAX_PLATFORMS=$platform"
@@ -68,65 +43,59 @@ environment() {
     local flag="--xla_force_host_platform_device_count=$share"
     words+=("XLA_FLAGS=${XLA_FLAGS:+$XLA_FLAGS }$flag")
   else
-    local ids
-    ids=$(seq -s, $(($1 * share)) $(($1 * share + share - 1)))
-    words+=("CUDA_VISIBLE_DEVICES=$ids")
+    words+=("CUDA_VISIBLE_DEVICES=$(seq -s, $(($1 * share)) $(($1 * share + share - 1)))")
   fi
-  words+=("${program[@]}")
+  words+=("${PYTHON:-.venv/bin/python}" -m spo_jax.train "${rest[@]}")
 }
 
 if $DRY_RUN; then
   for ((i = 0; i < processes; i++)); do
-    environment "$i"
+    command_of "$i"
     echo "$(quoted "${words[@]}") &"
   done
   echo wait
-  exit 0
+  exit
 fi
 
 declare -A alive=()
 groups=() printers=()
-asked=false
+
+# To the processes alone: their grading workers must outlive the last iteration.
 pass_on() {
-  asked=true
   local pid
-  # To the process alone: its grading workers must outlive its last iteration.
   for pid in "${alive[@]}"; do kill -s "$1" "$pid" 2>/dev/null || true; done
 }
 trap 'pass_on INT' INT
 trap 'pass_on TERM' TERM
 
 for ((i = 0; i < processes; i++)); do
-  environment "$i"
+  command_of "$i"
   exec {out}> >(trap '' INT TERM; exec sed -u "s/^/[$i] /")
   printers+=($!)
   # Job control gives a process a group of its own; without it bash has it ignore Ctrl-C.
   set -m
   "${words[@]}" >&"$out" 2>&1 {out}>&- </dev/null &
-  alive[$i]=$!
   set +m
-  groups+=("${alive[$i]}")
+  alive[$i]=$!
+  groups+=($!)
   exec {out}>&-
 done
 
 code=0 deadline=''
 while ((${#alive[@]})); do
   for i in "${!alive[@]}"; do
-    pid=${alive[$i]}
-    kill -0 "$pid" 2>/dev/null && continue
+    kill -0 "${alive[$i]}" 2>/dev/null && continue
     status=0
-    wait "$pid" || status=$?
+    wait "${alive[$i]}" || status=$?
     unset "alive[$i]"
     ((status && !code)) || continue
     code=$status
-    deadline=$((SECONDS + grace))
-    echo "$0: process $i ended with exit code $code; stopping the others" >&2
-    # Asked to stop (130, 143), the others are saving: a second SIGTERM would cut that short.
-    $asked || ((code == 130 || code == 143)) || pass_on TERM
+    # 130 and 143: all were asked to stop, and the others are saving.
+    ((code == 130 || code == 143)) && continue
+    echo "$0: process $i ended with exit code $code; the others have 10 seconds" >&2
+    deadline=$((SECONDS + 10))
   done
-  if [[ -n $deadline ]] && ((SECONDS >= deadline)); then
-    for pid in "${alive[@]}"; do kill -KILL -- "-$pid" 2>/dev/null || true; done
-  fi
+  [[ -z $deadline ]] || ((SECONDS < deadline)) || pass_on KILL
   sleep 0.1 || true
 done
 

@@ -16,30 +16,14 @@ cd "$(dirname "$0")/.."
 # shellcheck source=launch/lib.sh
 source launch/lib.sh
 
-nodes='' gpus='' time=04:00:00 extra=()
-while (($#)); do
-  case $1 in
-    -h | --help) usage; exit 0 ;;
-    --dry-run) DRY_RUN=true; shift ;;
-    --nodes) nodes=$(value_of --nodes "$@"); shift 2 ;;
-    --gpus) gpus=$(value_of --gpus "$@"); shift 2 ;;
-    --time) time=$(value_of --time "$@"); shift 2 ;;
-    --partition | --account)
-      value=$(value_of "$1" "$@")
-      extra+=("$1=$value")
-      shift 2
-      ;;
-    *) break ;;
-  esac
-done
-[[ -n $nodes ]] || die "--nodes N is missing"
-[[ -n $gpus ]] || die "--gpus N is missing"
-is_count --nodes "$nodes"
-is_count --gpus "$gpus"
-has_option --config "$@" || die "--config FILE is missing"
-has_option --run-dir "$@" || die "--run-dir DIR is missing: all nodes must see it"
-! has_option --resume "$@" || die "--resume is added where --run-dir holds a run; leave it out"
+option=([time]=04:00:00)
+read_options "nodes gpus time partition account" "" "$@"
+need_count nodes gpus
+((${#rest[@]})) || die "--config FILE is missing"
+[[ -n $(value_of run-dir "${rest[@]}") ]] || die "--run-dir DIR is missing: all nodes must see it"
 
-run sbatch --job-name=spo_jax "--nodes=$nodes" --ntasks-per-node=1 "--gpus-per-node=$gpus" \
-  "--time=$time" --requeue --signal=TERM@120 --open-mode=append "${extra[@]}" \
-  launch/slurm_job.sh "$@"
+run sbatch --job-name=spo_jax "--nodes=${option[nodes]}" --ntasks-per-node=1 \
+  "--gpus-per-node=${option[gpus]}" "--time=${option[time]}" \
+  ${option[partition]:+"--partition=${option[partition]}"} \
+  ${option[account]:+"--account=${option[account]}"} \
+  --requeue --signal=TERM@120 --open-mode=append launch/slurm_job.sh "${rest[@]}"

@@ -5,49 +5,31 @@
 #
 #   --dry-run   first: print the srun command, run nothing
 set -euo pipefail
+# sbatch runs a copy of this file, in the directory where it was called: the repository root.
+# shellcheck source=launch/lib.sh
+source launch/lib.sh
 
-# sbatch runs a copy of this file, so it cannot find lib.sh beside itself.
-dry_run=false
-case ${1-} in
-  -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 0 ;;
-  --dry-run) dry_run=true; shift ;;
-esac
-die() { echo "$0: $*" >&2; exit 2; }
+read_options "" "" "$@"
 [[ -n ${SLURM_JOB_ID-} ]] || die "not inside a Slurm job; launch/slurm.sh submits one"
-
-run_dir=
-words=("$@")
-for ((i = 0; i < ${#words[@]}; i++)); do
-  case ${words[i]} in
-    --run-dir) run_dir=${words[i + 1]-} ;;
-    --run-dir=*) run_dir=${words[i]#*=} ;;
-  esac
-done
+run_dir=$(value_of run-dir "${rest[@]}")
 [[ -n $run_dir ]] || die "--run-dir DIR is missing"
-[[ ! -e $run_dir/config.yaml ]] || words+=(--resume)
+[[ ! -e $run_dir/config.yaml ]] || rest+=(--resume)
 
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 # Two jobs on one node must not meet; the job's number tells their ports apart.
-export SPO_COORDINATOR=${hosts%%$'\n'*}:$((20000 + SLURM_JOB_ID % 10000))
-export SPO_PROCESSES=$SLURM_JOB_NUM_NODES
-export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda}
-python=${PYTHON:-.venv/bin/python}
-# $SLURM_PROCID is known on the node only, so a shell there reads it; exec lets SIGTERM through.
+coordinator=${hosts%%$'\n'*}:$((20000 + SLURM_JOB_ID % 10000))
+# A node knows its number only there, so a shell reads it; exec lets SIGTERM through.
 # shellcheck disable=SC2016
 step=(
-  srun --kill-on-bad-exit=0 bash -c 'SPO_PROCESS_ID=$SLURM_PROCID exec "$@"' spo_jax
-  "$python" -m spo_jax.train "${words[@]}"
+  srun --kill-on-bad-exit=0 env "SPO_COORDINATOR=$coordinator"
+  "SPO_PROCESSES=$SLURM_JOB_NUM_NODES" "JAX_PLATFORMS=${JAX_PLATFORMS:-cuda}"
+  bash -c 'SPO_PROCESS_ID=$SLURM_PROCID exec "$@"' spo_jax
+  "${PYTHON:-.venv/bin/python}" -m spo_jax.train "${rest[@]}"
 )
-if $dry_run; then
-  printf 'export SPO_COORDINATOR=%q SPO_PROCESSES=%q JAX_PLATFORMS=%q\n' \
-    "$SPO_COORDINATOR" "$SPO_PROCESSES" "$JAX_PLATFORMS"
-  printf '%q ' "${step[@]}"
-  echo
-  exit 0
-fi
 
+trap : TERM  # the processes save; this shell waits for them
 code=0
-"${step[@]}" || code=$?
+run "${step[@]}" || code=$?
 # Slurm requeues a preempted job, but not one whose time limit came near.
 if ((code == 143)); then
   scontrol requeue "$SLURM_JOB_ID"

@@ -31,6 +31,21 @@ SETTINGS = [
 ]  # fmt: skip
 
 
+# Compiles faster than it would run.
+FLAGS = "--xla_backend_optimization_level=0"
+ENVIRONMENT = os.environ | {
+  "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": CACHE.name,
+  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}  # fmt: skip
+
+
+def popen(command, environment):
+  return subprocess.Popen(
+    list(map(str, command)), env=ENVIRONMENT | environment, text=True, stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )  # fmt: skip
+
+
 def start(processes, config, run_dir, *options, settings=SETTINGS):
   """Starts the processes of a run, each with its share of the devices."""
   with socket.socket() as free:
@@ -42,21 +57,43 @@ def start(processes, config, run_dir, *options, settings=SETTINGS):
       "SPO_COORDINATOR": f"localhost:{port}", "SPO_PROCESSES": str(processes),
       "SPO_PROCESS_ID": str(i),
     }  # fmt: skip
-    environment = os.environ | (names if processes > 1 else {}) | {
-      "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes} "
-      "--xla_backend_optimization_level=0", "JAX_COMPILATION_CACHE_DIR": str(CACHE.name),
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }  # fmt: skip
+    share = f"--xla_force_host_platform_device_count={DEVICES // processes}"
     command = [
       sys.executable, "-m", "spo_jax.train", "--config", config, "--run-dir", run_dir, *options,
       "--set", *settings,
     ]  # fmt: skip
-    started.append(subprocess.Popen(
-      list(map(str, command)), env=environment, text=True, stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-    ))  # fmt: skip
+    started.append(
+      popen(command, {**(names if processes > 1 else {}), "XLA_FLAGS": f"{share} {FLAGS}"})
+    )
   return started
+
+
+def launch_local(config, run_dir, *options, settings=SETTINGS):
+  """Starts launch/local.sh, which starts two processes."""
+  script = ROOT / "launch" / "local.sh"
+  command = [
+    script, "--devices", DEVICES, "--config", config, "--run-dir", run_dir, *options,
+    "--set", *settings,
+  ]  # fmt: skip
+  return popen(command, {"PYTHON": sys.executable, "XLA_FLAGS": FLAGS})
+
+
+def wait_for_records(count, run_dir, process):
+  while not (run_dir / "metrics.jsonl").exists() or len(metrics(run_dir)) < count:
+    assert process.poll() is None, process.stderr.read()
+    time.sleep(0.05)
+
+
+def children_of(pid):
+  """Process ids by SPO_PROCESS_ID."""
+  found = {}
+  for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+    names = dict(
+      entry.split("=", 1) for entry in Path(f"/proc/{child}/environ").read_text().split("\0") if entry
+    )
+    if "SPO_PROCESS_ID" in names:
+      found[int(names["SPO_PROCESS_ID"])] = int(child)
+  return found
 
 
 def finish(started):
@@ -81,9 +118,7 @@ def alone(config, shared):
 def test_two_processes_and_then_four_are_the_run_of_one(config, alone, tmp_path):
   """Two are stopped by SIGTERM to one of them, four go on."""
   started = start(2, config, tmp_path)
-  while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 3:
-    assert started[0].poll() is None, started[0].stderr.read()
-    time.sleep(0.05)
+  wait_for_records(3, tmp_path, started[0])
   started[1].send_signal(signal.SIGTERM)
   for code, _, err in finish(started):
     assert code == 143, err[-2000:]
@@ -97,23 +132,56 @@ def test_two_processes_and_then_four_are_the_run_of_one(config, alone, tmp_path)
   assert "Held-out accuracy" in results[0][1]
   for _, out, _ in results[1:]:  # one of them speaks, and the library that connects them
     assert all(line.startswith("[Gloo]") for line in out.splitlines())
-  ours, theirs = metrics(tmp_path, "compile/"), metrics(alone, "compile/")
+  assert_close_runs(tmp_path, alone)
+
+
+def assert_close_runs(run_dir, reference):
+  """Metrics up to the order in which devices sum; texts and accuracies exactly."""
+  ours, theirs = metrics(run_dir, "compile/"), metrics(reference, "compile/")
   assert len(ours) == len(theirs)
   for mine, expected in zip(ours, theirs):
     assert mine == pytest.approx(expected, abs=1e-5, rel=1e-5)
-  assert summary(tmp_path)["final"] == summary(alone)["final"]
-  for path in (alone / "samples").iterdir():
-    assert (tmp_path / "samples" / path.name).read_text() == path.read_text()
-  assert (tmp_path / "model" / "model.safetensors").exists()
+  assert summary(run_dir)["final"] == summary(reference)["final"]
+  for path in (reference / "samples").iterdir():
+    assert (run_dir / "samples" / path.name).read_text() == path.read_text()
+  assert (run_dir / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.devices
+def test_local_launch_stopped_by_sigterm_and_resumed_is_the_run_of_one(config, alone, tmp_path):
+  script = launch_local(config, tmp_path)
+  wait_for_records(3, tmp_path, script)
+  script.send_signal(signal.SIGTERM)
+  ((code, out, err),) = finish([script])
+  assert code == 143, err[-2000:]
+  assert "[0] Stopped; --resume" in out and "[1] Stopped; --resume" in out
+  assert 3 <= len(metrics(tmp_path)) < len(metrics(alone))
+
+  ((code, out, err),) = finish([launch_local(config, tmp_path, "--resume")])
+  assert (code, err) == (0, ""), out[-2000:]
+  assert "[0] Report: " in out and "[1] Report: " not in out
+  assert_close_runs(tmp_path, alone)
+
+
+@pytest.mark.devices
+def test_local_launch_ends_with_the_code_of_the_process_that_died(config, tmp_path):
+  script = launch_local(config, tmp_path, settings=[*SETTINGS, "train.iterations=100000"])
+  wait_for_records(1, tmp_path, script)
+  children = children_of(script.pid)
+  os.kill(children[1], signal.SIGKILL)
+  died = time.monotonic()
+  ((code, _, err),) = finish([script])
+  assert time.monotonic() - died < 30
+  assert code == 128 + signal.SIGKILL
+  assert "process 1 ended with exit code 137" in err
+  assert not Path(f"/proc/{children[0]}").exists()
 
 
 @pytest.mark.devices
 def test_a_process_that_dies_ends_the_others_within_a_minute(config, tmp_path):
   long = [*SETTINGS, "train.iterations=100000"]
   started = start(2, config, tmp_path, settings=long)
-  while not (tmp_path / "metrics.jsonl").exists():
-    assert started[0].poll() is None, started[0].stderr.read()
-    time.sleep(0.05)
+  wait_for_records(1, tmp_path, started[0])
   started[1].kill()
   died = time.monotonic()
   (code, _, err), _ = finish(started)

@@ -35,10 +35,19 @@ def environment(**more):
 
 
 def launch(script, *arguments, **more):
+  # From elsewhere, but for the one that sbatch copies: it is called in the repository root.
+  cwd = ROOT if script == "slurm_job.sh" else "/"
   return subprocess.run(
     [LAUNCH / script, *map(str, arguments)], capture_output=True, text=True, timeout=60,
-    env=environment(**more),
+    env=environment(**more), cwd=cwd,
   )  # fmt: skip
+
+
+def program(path, body):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(f"#!/bin/bash\n{body}\n")
+  path.chmod(0o755)
+  return str(path)
 
 
 def words_of(line):
@@ -57,42 +66,43 @@ def dry_run(script, *arguments, **more):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_is_the_header_and_names_every_option(script):
   done = launch(script, "--help")
-  assert done.returncode == 0 and done.stderr == ""
-  assert f"launch/{script}" in done.stdout or script == "slurm_job.sh"
-  parsed = set(re.findall(r"^ +(?:-h \| )?(--[a-z-]+(?: \| --[a-z-]+)*)\)",
-                          (LAUNCH / script).read_text(), re.M))  # fmt: skip
-  options = {name for group in parsed for name in group.split(" | ")} - {"--help"}
-  if script != "slurm_job.sh":
-    options -= {"--run-dir"}
-  assert [name for name in sorted(options) if name not in done.stdout] == []
+  assert (done.returncode, done.stderr) == (0, "")
+  assert f"launch/{script}" in done.stdout and "set -e" not in done.stdout
+  read = re.search(r'^read_options "(.*?)" "?(.*?)"? "\$@"', (LAUNCH / script).read_text(), re.M)
+  options = [f"--{name}" for name in " ".join(read.groups()).split()] if read else []
+  assert [name for name in options if name not in done.stdout] == []
+  assert "--dry-run" in done.stdout
 
 
 @pytest.mark.parametrize(
   ("command", "missing"),
   [
-    (["local.sh", *RUN_DIR], "--config FILE"),
+    (["local.sh"], "--config FILE"),
+    (["local.sh", "--devices", "4", "--verbose", *TRAIN], "--verbose is no option"),
+    (["local.sh", "4", *TRAIN], "'4' is no option"),
     (["local.sh", *TRAIN], "--run-dir DIR"),
     (["local.sh", "--processes"], "--processes needs a value"),
     (["local.sh", "--processes", "0"], "--processes '0'"),
     (["local.sh", "--processes", "2", "--devices", "3", *TRAIN, *RUN_DIR], "no multiple"),
-    (["slurm.sh", "--gpus", "8", *TRAIN, *RUN_DIR], "--nodes N"),
-    (["slurm.sh", "--nodes", "2", *TRAIN, *RUN_DIR], "--gpus N"),
+    (["slurm.sh", "--gpus", "8", *TRAIN, *RUN_DIR], "--nodes is missing"),
+    (["slurm.sh", "--nodes", "2", *TRAIN, *RUN_DIR], "--gpus is missing"),
+    (["slurm.sh", *SLURM], "--config FILE"),
     (["slurm.sh", *SLURM, "--partition"], "--partition needs a value"),
     (["slurm.sh", *SLURM, *TRAIN], "--run-dir DIR"),
-    (["slurm.sh", *SLURM, *TRAIN, *RUN_DIR, "--resume"], "leave it out"),
     (["slurm_job.sh", *TRAIN, *RUN_DIR], "not inside a Slurm job"),
     (["tpu_vm.sh"], "none of create"),
-    (["tpu_vm.sh", "create", "--zone", "z"], "--name NAME"),
-    (["tpu_vm.sh", "create", "--name", "pod"], "--zone ZONE"),
-    (["tpu_vm.sh", "create", "--name", "pod", "--zone", "z"], "--type TYPE"),
-    (["tpu_vm.sh", "setup", *TPU], "--bucket BUCKET"),
-    (["tpu_vm.sh", "train", *TPU, "--bucket", "gs://b", "--run", "r"], "a name alone"),
+    (["tpu_vm.sh", "create", "--zone", "z"], "--name is missing"),
+    (["tpu_vm.sh", "create", "--name", "pod"], "--zone is missing"),
+    (["tpu_vm.sh", "create", "--name", "pod", "--zone", "z"], "--type is missing"),
+    (["tpu_vm.sh", "train", *TPU], "--bucket is missing"),
+    (["tpu_vm.sh", "train", *TPU, "--bucket", "gs://b", "--run", "r"], "without gs://"),
     (["tpu_vm.sh", "train", *TPU, *BUCKET], "--config FILE"),
-    (["tpu_vm.sh", "train", *TPU, *BUCKET, *TRAIN, *RUN_DIR], "leave it out"),
-    (["gke.sh", "apply"], "--name NAME"),
+    (["tpu_vm.sh", "run", *TPU, *BUCKET, *TRAIN, *RUN_DIR], "leave it out"),
+    (["gke.sh", "apply"], "--name is missing"),
     (["gke.sh", "apply", "--name", "A_b"], "--name 'A_b'"),
     (["gke.sh", "apply", *GKE[:-2], *TRAIN], "--claim is missing"),
     (["gke.sh", "apply", *GKE], "--config FILE"),
+    (["gke.sh", "apply", *GKE, *TRAIN, *RUN_DIR], "leave it out"),
     (["gke.sh", "apply", *GKE, "--image", 'a"b', *TRAIN], "no plain word"),
   ],
 )
@@ -131,34 +141,41 @@ def test_slurm_dry_run_asks_for_requeue_and_an_early_sigterm():
 
 
 def fake_programs(folder, **programs):
-  folder.mkdir()
+  """The PATH on which these stand in for the real ones."""
   for name, body in programs.items():
-    (folder / name).write_text(f"#!/bin/bash\n{body}\n")
-    (folder / name).chmod(0o755)
+    program(folder / name, body)
   return f"{folder}:{os.environ['PATH']}"
 
 
 @pytest.fixture
 def slurm(tmp_path):
-  """Environment of a job whose srun fails with $CODE and whose scontrol logs requeues."""
+  """Environment of a job whose processes fail with $CODE and whose scontrol logs requeues."""
   return dict(
     PATH=fake_programs(
       tmp_path / "bin",
-      srun='echo "$SPO_COORDINATOR $SPO_PROCESSES $*"; exit ${CODE:-0}',
+      srun='shift; SLURM_PROCID=1 exec "$@"',
       scontrol='[[ $1 == show ]] && printf "n1\\nn2\\n" || echo "scontrol $*"',
+    ),
+    PYTHON=program(
+      tmp_path / "python",
+      'echo "$SPO_COORDINATOR $SPO_PROCESSES $SPO_PROCESS_ID $JAX_PLATFORMS"\n'
+      'printf "%s\\n" "$@"; exit ${CODE:-0}',
     ),
     SLURM_JOB_ID="10007", SLURM_JOB_NODELIST="n[1-2]", SLURM_JOB_NUM_NODES="2",
   )  # fmt: skip
 
 
 def test_slurm_job_takes_the_first_host_and_resumes_only_a_run_that_exists(slurm, tmp_path):
-  arguments = [*TRAIN, "--run-dir", tmp_path / "run"]
-  first = dry_run("slurm_job.sh", "--dry-run", *arguments, **slurm)
-  assert "SPO_COORDINATOR=n1:20007 SPO_PROCESSES=2" in first and "--resume" not in first
+  arguments = [*TRAIN, "--run-dir", str(tmp_path / "run")]
+  expected = ["n1:20007 2 1 cpu", "-m", "spo_jax.train", *arguments]
+  assert launch("slurm_job.sh", *arguments, **slurm).stdout.splitlines() == expected
   (tmp_path / "run").mkdir()
   (tmp_path / "run" / "config.yaml").touch()
-  assert "--resume" in dry_run("slurm_job.sh", "--dry-run", *arguments, **slurm)
-  assert dry_run("slurm_job.sh", *arguments, **slurm).startswith("n1:20007 2 ")
+  expected.append("--resume")
+  assert launch("slurm_job.sh", *arguments, **slurm).stdout.splitlines() == expected
+  printed = words_of(dry_run("slurm_job.sh", "--dry-run", *arguments, **slurm))
+  assert printed[:2] == ["srun", "--kill-on-bad-exit=0"] and printed[-len(expected) + 1:] == (
+    expected[1:])
 
 
 @pytest.mark.parametrize("code", [0, 1, 143])
@@ -166,6 +183,19 @@ def test_slurm_job_requeues_itself_after_143_alone(slurm, code):
   done = launch("slurm_job.sh", *TRAIN, *RUN_DIR, CODE=str(code), **slurm)
   assert done.returncode == code
   assert ("scontrol requeue 10007" in done.stdout) == (code == 143)
+
+
+def test_slurm_job_that_is_told_to_stop_waits_for_its_processes(slurm, tmp_path):
+  slurm["PYTHON"] = program(tmp_path / "python", "echo up; sleep 2; echo saved; exit 143")
+  job = subprocess.Popen(
+    [LAUNCH / "slurm_job.sh", *TRAIN, *RUN_DIR], stdout=subprocess.PIPE, text=True, cwd=ROOT,
+    env=environment(**slurm),
+  )  # fmt: skip
+  assert job.stdout.readline() == "up\n"
+  job.send_signal(signal.SIGTERM)
+  out, _ = job.communicate(timeout=30)
+  assert out.splitlines() == ["saved", "scontrol requeue 10007"]
+  assert job.returncode == 143
 
 
 def test_tpu_dry_run_creates_copies_installs_trains_and_deletes():
@@ -182,11 +212,11 @@ def test_tpu_dry_run_creates_copies_installs_trains_and_deletes():
 def test_tpu_worker_command_survives_its_quoting_and_resumes(tmp_path):
   out = dry_run("tpu_vm.sh", "train", "--dry-run", *TPU, *BUCKET, *TRAIN)
   command = words_of(out)[-1]
-  python = tmp_path / "spo_jax" / ".venv" / "bin"
   path = fake_programs(tmp_path / "bin", gcsfuse="exit 0", mountpoint="exit 0")
-  python.mkdir(parents=True)
-  (python / "python").write_text('#!/bin/bash\nprintf "%s\\n" "$SPO_DISTRIBUTED" "$@"\n')
-  (python / "python").chmod(0o755)
+  program(
+    tmp_path / "spo_jax" / ".venv" / "bin" / "python",
+    'printf "%s\\n" "$SPO_DISTRIBUTED" "$@"',
+  )
 
   def worker():
     return subprocess.run(
@@ -202,22 +232,25 @@ def test_tpu_worker_command_survives_its_quoting_and_resumes(tmp_path):
   assert worker() == [*expected, "--resume"]
 
 
+# codes: of the ssh commands, the first of which installs; states: what `describe` answers.
 @pytest.mark.parametrize(
   ("codes", "states", "verbs", "code"),
   [
-    ("0", "READY", "ssh", 0),
-    ("143 0", "READY READY READY", "ssh ssh", 0),
-    ("1 0 0", "READY PREEMPTED PREEMPTED", "ssh delete create scp ssh ssh", 0),
-    ("2", "READY READY", "ssh", 2),
+    ("0 0", "READY", "scp ssh ssh", 0),
+    ("0 0", "MISSING", "create scp ssh ssh", 0),
+    ("0 143 0", "READY READY READY", "scp ssh ssh ssh", 0),
+    ("255 0 0", "MISSING READY READY", "create scp ssh scp ssh ssh", 0),
+    ("0 1 0 0", "READY PREEMPTED PREEMPTED", "scp ssh ssh delete create scp ssh ssh", 0),
+    ("0 2", "READY READY", "scp ssh ssh", 2),
   ],
 )
 def test_tpu_run_recreates_a_preempted_slice_and_stops_at_a_failure(
   tmp_path, codes, states, verbs, code
 ):
-  (tmp_path / "codes").write_text(codes.replace(" ", "\n") + "\n")
-  (tmp_path / "states").write_text(states.replace(" ", "\n") + "\n")
-  pop = 'pop() { head -n1 "$T/$1"; sed -i 1d "$T/$1"; }\n'
-  gcloud = pop + (
+  for name, text in (("codes", codes), ("states", states)):
+    (tmp_path / name).write_text(text.replace(" ", "\n") + "\n")
+  gcloud = (
+    'pop() { head -n1 "$T/$1"; sed -i 1d "$T/$1"; }\n'
     '[[ $4 != describe ]] || { pop states; exit; }\necho "did $4"\n'
     '[[ $4 != ssh ]] || exit "$(pop codes)"'
   )
@@ -270,59 +303,64 @@ def test_gke_logs_and_delete_name_the_job_set():
   )
 
 
-def test_local_processes_get_their_number_and_their_lines_a_prefix():
-  stub = 'echo "$SPO_PROCESS_ID of $SPO_PROCESSES at $SPO_COORDINATOR, $1"; echo bad >&2'
-  done = launch("local.sh", "--processes", 3, "--command", stub, "argument")
-  assert done.returncode == 0, done.stderr
-  lines = sorted(done.stdout.splitlines())
+@pytest.fixture
+def local(tmp_path):
+  """local(BODY, *options) starts launch/local.sh with this in place of python."""
+  started = []
+
+  def start(body, *options):
+    started.append(subprocess.Popen(
+      [LAUNCH / "local.sh", *options, *TRAIN, *RUN_DIR], stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE, text=True, env=environment(PYTHON=program(tmp_path / "python", body)),
+    ))  # fmt: skip
+    return started[-1]
+
+  yield start
+  for process in started:
+    process.kill()
+
+
+def test_local_processes_get_their_number_and_their_lines_a_prefix(local):
+  stub = 'echo "$SPO_PROCESS_ID of $SPO_PROCESSES at $SPO_COORDINATOR, $4"; echo bad >&2'
+  script = local(stub, "--processes", "3")
+  out, err = script.communicate(timeout=30)
+  assert script.returncode == 0, err
+  lines = sorted(out.splitlines())
   port = re.search(r"localhost:(\d+)", lines[0])[1]
   assert lines == sorted(
     line
     for i in range(3)
-    for line in (f"[{i}] {i} of 3 at localhost:{port}, argument", f"[{i}] bad")
+    for line in (f"[{i}] {i} of 3 at localhost:{port}, {TRAIN[1]}", f"[{i}] bad")
   )
 
 
-def test_local_stops_the_others_when_one_dies_and_returns_its_code():
+def test_local_kills_what_is_left_when_a_process_dies_and_returns_its_code(local):
+  # Process 0 ends by itself, 2 has to be killed, and with it a child that holds its output.
   stub = (
-    "((SPO_PROCESS_ID == 1)) && sleep 1 && exit 7; "
-    "trap 'echo told; exit 0' TERM; sleep 30 & wait"
+    "case $SPO_PROCESS_ID in\n0) sleep 3; echo also gone; exit 9 ;;\n1) sleep 1; exit 7 ;;\nesac\n"
+    "trap '' TERM; sleep 60 & wait"
   )
   start = time.monotonic()
-  done = launch("local.sh", "--processes", 3, "--command", stub)
-  assert done.returncode == 7
-  assert "process 1 ended with exit code 7" in done.stderr
-  assert sorted(done.stdout.splitlines()) == ["[0] told", "[2] told"]
-  assert time.monotonic() - start < 15
-
-
-def test_local_kills_a_process_that_does_not_end_in_the_grace_period():
-  stub = "((SPO_PROCESS_ID)) && sleep 1 && exit 7; trap '' TERM; sleep 30; sleep 30"
-  start = time.monotonic()
-  assert launch("local.sh", "--grace", 1, "--command", stub).returncode == 7
-  assert time.monotonic() - start < 15
+  script = local(stub, "--processes", "3")
+  out, err = script.communicate(timeout=30)
+  assert script.returncode == 7
+  assert "process 1 ended with exit code 7" in err and err.count("\n") == 1
+  assert out == "[0] also gone\n"
+  assert 10 < time.monotonic() - start < 25
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_local_passes_a_signal_on_once_and_waits(number, code):
+def test_local_passes_a_signal_on_once_and_waits(local, number, code):
   name = number.name.removeprefix("SIG")
   # Process 1 needs longer to save than process 0, and must be left alone meanwhile.
-  stub = (
+  script = local(
     f"trap 'asked=1$asked' {name}; trap 'asked=twice' {'INT' if name == 'TERM' else 'TERM'}; "
     "echo up; until [[ -n $asked ]]; do sleep 0.1; done; sleep $SPO_PROCESS_ID; "
     f"echo saved $asked; exit {code}"
   )
-  script = subprocess.Popen(
-    [LAUNCH / "local.sh", "--command", stub], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    text=True, env=environment(),
-  )  # fmt: skip
-  try:
-    lines = {script.stdout.readline() for _ in range(2)}
-    assert lines == {"[0] up\n", "[1] up\n"}
-    script.send_signal(number)
-    out, _ = script.communicate(timeout=20)
-  finally:
-    script.kill()
+  assert {script.stdout.readline() for _ in range(2)} == {"[0] up\n", "[1] up\n"}
+  script.send_signal(number)
+  out, _ = script.communicate(timeout=30)
   assert sorted(out.splitlines()) == ["[0] saved 1", "[1] saved 1"]
   assert script.returncode == code
 
