@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -88,11 +90,10 @@ def children_of(pid):
   """Process ids by SPO_PROCESS_ID."""
   found = {}
   for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-    names = dict(
-      entry.split("=", 1) for entry in Path(f"/proc/{child}/environ").read_text().split("\0") if entry
-    )
-    if "SPO_PROCESS_ID" in names:
-      found[int(names["SPO_PROCESS_ID"])] = int(child)
+    with contextlib.suppress(OSError):  # a `sleep` has ended since
+      environment = Path(f"/proc/{child}/environ").read_text()
+      if number := re.search(r"\0SPO_PROCESS_ID=(\d+)\0", environment):
+        found[int(number[1])] = int(child)
   return found
 
 
