@@ -13,7 +13,7 @@ import optax
 from spo_jax import hf, model, runlog, sharding
 from spo_jax.checkpoint import Checkpoints
 from spo_jax.compiles import CompileCount
-from spo_jax.distributed import Preemption, is_alone, is_main, to_host
+from spo_jax.distributed import Preemption, is_alone, is_main, to_host, total
 from spo_jax.experiment import Experiment
 from spo_jax.model import Params
 from spo_jax.packing import EdgeBuffer
@@ -118,9 +118,11 @@ class Run:
     is_last = iteration == config.train.iterations
     record = dict(figures)
     if iteration:
-      counts, clock.laps["time/grade_s"] = engine.take_counts()
+      counts, seconds = engine.take_counts()
+      clock.laps |= {f"time/{name}_s": value for name, value in seconds.items()}
       record |= {f"tokens/{name}": count for name, count in counts.items()}
-      record |= {f"grade/{name}": count for name, count in self.experiment.task.counters().items()}
+      graded = total(self.experiment.task.counters())
+      record |= {f"grade/{name}": count for name, count in graded.items()}
       self._totals["tokens"] += counts["prefilled"] + counts["decoded"] + record["tokens/trained"]
     if iteration % config.eval.every == 0 or is_last:
       accuracies, texts = self.experiment.test_accuracies(

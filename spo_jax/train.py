@@ -12,9 +12,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -176,12 +175,6 @@ def plan(experiment: Experiment) -> str:
   ))  # fmt: skip
 
 
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-  with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-    yield
-
-
 def main(
   arguments: Sequence[str] | None = None,
   program: str = "train",
@@ -218,8 +211,7 @@ def main(
   except (ConfigError, ValueError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
-  quiet = contextlib.nullcontext() if distributed.is_main() else _silence()
-  with log, contextlib.closing(experiment.task), quiet:
+  with log, contextlib.closing(experiment.task), distributed.quiet_unless_main():
     log.write_config(to_yaml(config))
     print(to_yaml(config) + "\n" + plan(experiment), flush=True)
     try:
