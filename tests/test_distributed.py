@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from spo_jax import distributed
@@ -50,6 +51,12 @@ def popen(command, environment):
 
 def start(processes, config, run_dir, *options, settings=SETTINGS):
   """Starts the processes of a run, each with its share of the devices."""
+  run = ["train", "--config", config, "--run-dir", run_dir]
+  return start_command(processes, *run, *options, "--set", *settings)
+
+
+def start_command(processes, *command):
+  """Starts the processes of one command of spo_jax."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
@@ -60,12 +67,9 @@ def start(processes, config, run_dir, *options, settings=SETTINGS):
       "SPO_PROCESS_ID": str(i),
     }  # fmt: skip
     share = f"--xla_force_host_platform_device_count={DEVICES // processes}"
-    command = [
-      sys.executable, "-m", "spo_jax.train", "--config", config, "--run-dir", run_dir, *options,
-      "--set", *settings,
-    ]  # fmt: skip
+    program = [sys.executable, "-m", f"spo_jax.{command[0]}", *command[1:]]
     started.append(
-      popen(command, {**(names if processes > 1 else {}), "XLA_FLAGS": f"{share} {FLAGS}"})
+      popen(program, {**(names if processes > 1 else {}), "XLA_FLAGS": f"{share} {FLAGS}"})
     )
   return started
 
@@ -179,6 +183,34 @@ def test_local_launch_ends_with_the_code_of_the_process_that_died(config, tmp_pa
 
 
 @pytest.mark.devices
+def test_an_evaluation_by_two_processes_is_that_of_one(alone, tmp_path):
+  """Its files are equal bit by bit, also where it goes on from what a kill has left."""
+  asked = ["evaluate", "--model", alone, "--samples", 2, "--limit", 18, "--temperature", 1]
+  one, two = tmp_path / "one", tmp_path / "two"
+  ((code, shown, err),) = finish(start_command(1, *asked, "--output", one))
+  assert code == 0, err[-2000:]
+  for continued in (0, 8):
+    if continued:  # two of five chunks of 8 rows, and half a line
+      lines = (two / "samples.jsonl").read_bytes().splitlines(keepends=True)
+      (two / "samples.jsonl").write_bytes(b"".join(lines[:17]) + lines[17][:9])
+      (two / "summary.json").unlink()
+    (code, out, err), (other_code, other_out, other_err) = finish(
+      start_command(2, *asked, "--output", two)
+    )
+    assert code == other_code == 0, err[-2000:] + other_err[-2000:]
+    assert all(line.startswith("[Gloo]") for line in other_out.splitlines())
+    assert "18 questions x 2 samples" in out
+    assert sorted(path.name for path in two.iterdir()) == sorted(p.name for p in one.iterdir())
+    for name in ("samples.jsonl", "settings.json"):
+      assert (two / name).read_bytes() == (one / name).read_bytes()
+    told = {"seconds": 0, "continued_from": continued}
+    assert summary(two) | {"seconds": 0} == summary(one) | told
+  refused = finish(start_command(2, *asked, "--seed", 1, "--output", two))
+  for code, _, err in refused:
+    assert code == 2 and "seed=0, not 1" in err
+
+
+@pytest.mark.devices
 def test_a_process_that_dies_ends_the_others_within_a_minute(config, tmp_path):
   long = [*SETTINGS, "train.iterations=100000"]
   started = start(2, config, tmp_path, settings=long)
@@ -204,6 +236,15 @@ def test_an_environment_that_does_not_name_a_process_is_refused(monkeypatch, nam
     monkeypatch.setenv(name, value)
   with pytest.raises(ConfigError, match=said):
     distributed.initialize()
+
+
+def test_counts_of_all_processes_add_up(monkeypatch):
+  monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
+  monkeypatch.setattr(
+    distributed.multihost_utils, "process_allgather", lambda own: np.stack([own, 3 * own])
+  )
+  assert distributed.total({"timeouts": 2, "crashes": 0}) == {"timeouts": 8, "crashes": 0}
+  assert distributed.total({}) == {}
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
