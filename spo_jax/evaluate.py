@@ -225,7 +225,6 @@ def answer(evaluation: Evaluation, params: Params) -> int:
     validation.at(experiment.engine, config.eval.temperature, config.eval.top_p),
     grade_fn=lambda problems, *_: np.zeros(len(problems), np.float32),
   )
-  params = engine.place(params)
   key = jax.random.fold_in(jax.random.key(evaluation.settings["seed"]), int(Purpose.EVALUATE))
   is_main = distributed.is_main()
   found = complete_samples(path, total * samples, at_once * samples) if is_main else []
@@ -358,7 +357,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = evaluation.output
     is_done = (output / SUMMARY).exists()
     if not is_done:
-      params = load_params(evaluation.source, evaluation.experiment)
+      experiment = evaluation.experiment
+      params = experiment.engine.place(load_params(evaluation.source, experiment))
       _open_output(evaluation)
   except ValueError as error:
     print("error:", " ".join(str(error).split()), file=sys.stderr)
