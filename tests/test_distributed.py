@@ -187,7 +187,7 @@ def test_an_evaluation_by_two_processes_is_that_of_one(alone, tmp_path):
   """Its files are equal bit by bit, also where it goes on from what a kill has left."""
   asked = ["evaluate", "--model", alone, "--samples", 2, "--limit", 18, "--temperature", 1]
   one, two = tmp_path / "one", tmp_path / "two"
-  ((code, shown, err),) = finish(start_command(1, *asked, "--output", one))
+  ((code, _, err),) = finish(start_command(1, *asked, "--output", one))
   assert code == 0, err[-2000:]
   for continued in (0, 8):
     if continued:  # two of five chunks of 8 rows, and half a line
