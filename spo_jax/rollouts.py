@@ -119,6 +119,8 @@ class Engine:
 
     Fillers may follow the rows that were asked for.
     """
+    if self.mesh is not None and not sharding.is_on(key, self.mesh):
+      key = sharding.move(key, self.mesh)
     with self._on_mesh():
       return sampler.grow(
         self.config, params, cache, self._shared_out(parent), self._shared_out(prefix, 1),

@@ -144,19 +144,23 @@ def take_rows(tree: Any, rows: jax.Array, name: str) -> Any:
 
 
 def is_on(params: Any, mesh: Mesh) -> bool:
-  """Whether parameters lie on this mesh as PARAMETERS says."""
-  places = jax.tree.leaves(placements(params, mesh))
+  """Whether parameters lie on this mesh, and no other one, as PARAMETERS says."""
+  pairs = zip(jax.tree.leaves(params), jax.tree.leaves(placements(params, mesh)))
   return all(
-    x.sharding.is_equivalent_to(place, x.ndim) for x, place in zip(jax.tree.leaves(params), places)
+    getattr(x.sharding, "mesh", mesh) == mesh and x.sharding.is_equivalent_to(place, x.ndim)
+    for x, place in pairs
   )
 
 
 def move(params: Any, mesh: Mesh) -> Any:
   """Parameters laid out for another mesh of the same devices, without a way over the host.
 
-  `jax.device_put` would take that way within one process.
+  `jax.device_put` would take that way within one process. One array moves at a time: XLA may put
+  the whole of it on every device in between.
   """
-  return jax.jit(_identity, out_shardings=placements(params, mesh))(params)
+  return jax.tree.map(
+    lambda x, place: jax.jit(_identity, out_shardings=place)(x), params, placements(params, mesh)
+  )
 
 
 def _identity(x: Any) -> Any:

@@ -146,4 +146,5 @@ def collectives(text: str) -> list[tuple[str, list[int]]]:
 if __name__ == "__main__":
   for mesh in MESHES:
     run(mesh, Path(sys.argv[1]))
+  print("resharded", file=sys.stderr, flush=True)
   run(RESHARDED[0], Path(sys.argv[1]), RESHARDED[1])
