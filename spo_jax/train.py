@@ -99,7 +99,9 @@ def learn(run: Run, rows: TrainRows, iteration: int) -> dict[str, float]:
 
 
 # A resumed run may change these; anything else would make it another run.
-_RESUME_MAY_CHANGE = ("train.iterations", "eval.", "checkpoint.", "log.")
+_RESUME_MAY_CHANGE = (
+  "train.iterations", "eval.", "checkpoint.", "log.", "mesh.", "rollout.mesh.",
+)  # fmt: skip
 
 
 def open_run_dir(config: Config, config_path: Path, run_dir: Path | None, resume: bool) -> Path:
