@@ -86,7 +86,7 @@ while ((${#alive[@]})); do
   for i in "${!alive[@]}"; do
     kill -0 "${alive[$i]}" 2>/dev/null && continue
     status=0
-    { wait "${alive[$i]}"; } 2>/dev/null || status=$?  # bash would tell of a kill, too
+    wait "${alive[$i]}" || status=$?
     unset "alive[$i]"
     ((status && !code)) || continue
     code=$status

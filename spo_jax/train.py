@@ -213,11 +213,17 @@ def main(
   except (ConfigError, ValueError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
+  except OSError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
   with log, contextlib.closing(experiment.task), distributed.quiet_unless_main():
-    log.write_config(to_yaml(config))
-    print(to_yaml(config) + "\n" + plan(experiment), flush=True)
     try:
+      log.write_config(to_yaml(config))
+      print(to_yaml(config) + "\n" + plan(experiment), flush=True)
       summary = finished(run_dir, config.train.iterations) or train(experiment, run_dir, log)
+      if summary:
+        runlog.final_table(summary, run_dir)
+        print(f"Report: {write_report(run_dir)}")
     except (KeyboardInterrupt, distributed.Preempted) as stop:
       print(f"Stopped; --resume --run-dir {run_dir} continues.", file=sys.stderr)
       is_ctrl_c = isinstance(stop, KeyboardInterrupt)
@@ -229,9 +235,6 @@ def main(
       print(f"error: {error}. What is saved is whole: mend that, and --resume --run-dir {run_dir} "
             "continues.", file=sys.stderr)  # fmt: skip
       return 1
-    if summary:
-      runlog.final_table(summary, run_dir)
-      print(f"Report: {write_report(run_dir)}")
   return 0
 
 

@@ -14,7 +14,7 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 
 # A room imports rooms of lower levels only, and none of its own.
 LEVELS = {
-  0: "structs config",
+  0: "structs config tensorboard",
   1: "segments advantages losses sharding distributed layout compiles tasks tokenizer stops "
   "metrics runlog",
   2: "attention prompts",

@@ -19,9 +19,8 @@ COMMANDS = sorted(
 )
 
 DISTRIBUTION = {"orbax": "orbax-checkpoint", "yaml": "pyyaml"}  # where the import differs
-FALLBACKS = {"torch": "runlog writes TensorBoard files with it where tensorboardX is missing"}
 # A GPU machine that trains on generated tasks may lack these.
-NEEDED_LATE = {"datasets", "tensorboardx"}
+NEEDED_LATE = {"datasets"}
 
 
 def declared(*extras):
@@ -63,7 +62,7 @@ def test_imports_are_declared(path):
   always, optional = declared(), declared(*PROJECT["optional-dependencies"])
   for name, is_late in imports(path):
     if is_late:
-      assert name in optional or name in FALLBACKS, f"declare {name} in pyproject.toml"
+      assert name in optional, f"declare {name} in pyproject.toml"
     else:
       assert name in always, f"declare {name} in pyproject.toml, or import it where it is used"
       assert name not in NEEDED_LATE, f"import {name} where it is used"
