@@ -18,7 +18,7 @@ from runs import Stop, assert_same_run, metrics  # noqa: E402
 # Everything that writes: a reference policy, validation and its best policy, an edge buffer.
 SETTINGS = (
   "algorithm=tree", "train.kl.coefficient=0.1", "eval.validation_problems=8",
-  "train.iterations=30", "eval.every=4", "checkpoint.every=2",
+  "train.iterations=80", "eval.every=10", "checkpoint.every=2",
 )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def random_stop(rng, kind, run_dir):
   if kind == 0:
     return {"seconds": rng.uniform(0.2, 5)}
   if kind == 1:
-    return {"stop": Stop(str(run_dir), rng.randrange(1, 150))}
+    return {"stop": Stop(str(run_dir), rng.randrange(1, 120))}
   call, delay = rng.randrange(1, 5), rng.uniform(0.001, 0.3)
   return {"stop": Stop("spo_jax.train.collect", call, delay=delay)}
 
