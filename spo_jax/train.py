@@ -210,6 +210,7 @@ def main(
     distributed.wait_for_all("the run directory is checked")
     own_dir = distributed.own_directory(run_dir)
     log = runlog.RunLog(own_dir, project, config.log.tensorboard)
+    log.write_config(to_yaml(config))
   except (ConfigError, ValueError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
@@ -218,7 +219,6 @@ def main(
     return 1
   with log, contextlib.closing(experiment.task), distributed.quiet_unless_main():
     try:
-      log.write_config(to_yaml(config))
       print(to_yaml(config) + "\n" + plan(experiment), flush=True)
       summary = finished(run_dir, config.train.iterations) or train(experiment, run_dir, log)
       if summary:
