@@ -30,7 +30,7 @@ train: $(READY) ## train with CONFIG (configs/laptop_chain.yaml); more in ARGS="
 test: $(READY_TO_TEST) ## run all tests, or a choice: ARGS="tests/test_losses.py -k clip"
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not devices" $(ARGS)
 
-test-devices: $(READY_TO_TEST) ## run the tests of meshes and of several processes: 5 more minutes
+test-devices: $(READY_TO_TEST) ## run the tests of meshes and of several processes: 10 more minutes
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m devices $(ARGS)
 
 lint: $(READY) ## ruff, mypy and shellcheck
