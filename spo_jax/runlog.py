@@ -87,9 +87,11 @@ class RunLog:
       os.fsync(file.fileno())
     scalars = {key: value for key, value in record.items()
                if key != "iteration" and isinstance(value, int | float)}
-    if self._has_events:
+    if self._has_events and self._events is None:
       # Opened here rather than at the start, so that it tells TensorBoard what a resume took back.
-      self._events = self._events or EventFile(self.run_dir / "tensorboard", self._purge_step)
+      self._events = _event_file(self.run_dir / "tensorboard", self._purge_step)
+      self._has_events = self._events is not None
+    if self._events is not None:
       self._events.add_scalars(iteration, scalars)
     if self._wandb is not None:
       self._wandb.log(scalars, step=iteration)
@@ -175,6 +177,14 @@ def plain(value: Any) -> Any:
     array = np.asarray(value)
     return plain(array.item() if array.size == 1 else array.tolist())
   raise TypeError(f"cannot log {value!r}: JSON has no {type(value).__name__}")
+
+
+def _event_file(directory: Path, purge_step: int | None) -> EventFile | None:
+  try:
+    return EventFile(directory, purge_step)
+  except ImportError:
+    print("warning: no TensorBoard files are written: pip install tensorboardX", file=sys.stderr)
+    return None
 
 
 def _start_wandb(project: str, run_dir: Path) -> Any:

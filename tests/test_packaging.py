@@ -20,7 +20,7 @@ COMMANDS = sorted(
 
 DISTRIBUTION = {"orbax": "orbax-checkpoint", "yaml": "pyyaml"}  # where the import differs
 # A GPU machine that trains on generated tasks may lack these.
-NEEDED_LATE = {"datasets"}
+NEEDED_LATE = {"datasets", "tensorboardx"}
 
 
 def declared(*extras):

@@ -197,6 +197,15 @@ def test_tensorboard_gets_finite_numbers_and_is_told_what_a_resume_took_back(tmp
   assert starts == [4]
 
 
+def test_without_tensorboardx_one_warning_is_printed(tmp_path, monkeypatch, capsys):
+  monkeypatch.setitem(sys.modules, "tensorboardX", None)
+  with RunLog(tmp_path) as log:
+    log.log(0, {"x": 1})
+    log.log(1, {"x": 2})
+  assert capsys.readouterr().err.count("\n") == 1
+  assert len(read_metrics(tmp_path)) == 2
+
+
 def test_wandb_is_imported_only_when_asked_for(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "wandb", None)
   RunLog(tmp_path).close()
