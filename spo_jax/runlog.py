@@ -153,11 +153,11 @@ def writing(path: Path) -> Iterator[None]:
   try:
     yield
   except Exception as error:
-    said = " ".join(str(error).split())
-    # Libraries that are not Python's quote the system's error in a text of their own.
-    if not isinstance(error, OSError) and not re.search(r"\bOS error\b|\bOs \{ code", said):
+    # Libraries that are not Python's quote the system's words in a text of their own.
+    full = re.search("No space left on device|Disk quota exceeded|File too large", str(error))
+    if full is None:
       raise
-    raise OSError(f"{path} could not be written ({said[:300]})") from error
+    raise OSError(f"{path} could not be written: {full[0]}") from error
 
 
 def plain(value: Any) -> Any:
