@@ -1,0 +1,138 @@
+"""Devices that are only described, compilation for them, and what the compiler says of memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from spo_jax.config import ConfigError
+from spo_jax.plan.chips import Topology
+from spo_jax.plan.collectives import collective_bytes
+
+SMALL = (2, 4)  # layers of the versions from which the whole model is extrapolated
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def described_devices(topology: Topology) -> list[jax.Device]:
+  """Devices to compile for. Nothing of jax may have run in this process before.
+
+  Raises: ConfigError where the compiler is missing or does not know the slice.
+  """
+  if topology.kind == "local":
+    return jax.devices()
+  jax.config.update("jax_platforms", "cpu")
+  if topology.kind == "cpu":
+    jax.config.update("jax_num_cpu_devices", topology.devices)
+    return jax.devices()
+  if importlib.util.find_spec("libtpu") is None:
+    raise ConfigError(
+      f"--topology {topology.name} needs the TPU compiler libtpu, which is not installed. Install "
+      "'spo_jax[tpu-plan]', or plan for cpu:N."
+    )
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks no cloud which machine this is
+  from jax.experimental import topologies
+
+  try:
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices)
+  except Exception as error:  # of libtpu, which names no type
+    said = " ".join(str(error).split())[:200]
+    raise ConfigError(f"--topology {topology.name} is not known to libtpu: {said}") from error
+
+
+@dataclass(frozen=True)
+class Measured:
+  """What the compiler says of one program, bytes per chip."""
+
+  peak: float  # arguments, results and temporaries together
+  temporaries: float = 0
+  collectives: dict[str, float] = field(default_factory=dict)
+  seconds: float = 0  # of compilation
+  compiled: tuple[int, ...] = ()  # versions compiled, by their number of layers
+  refused: bool = False  # the compiler itself ran out of the chip's memory
+
+  @property
+  def sent(self) -> float:
+    return sum(self.collectives.values())
+
+
+class Compiler:
+  """Compiles what it has not compiled yet; settings that change nothing cost nothing."""
+
+  def __init__(self, exact: bool, say: Callable[[str], None] = lambda text: None):
+    self.exact, self.say = exact, say
+    self._known: dict[tuple[str, int], Measured] = {}
+
+  def measure(self, name: str, lower: Callable[[int], Any], layers: int, turns: int) -> Measured:
+    """One program of `layers` layers, extrapolated from small versions unless `exact`."""
+    counts = (layers,) if self.exact or layers <= SMALL[-1] else SMALL
+    found = []
+    for count in counts:
+      found.append(self._compile(name, lower, count, turns))
+      if found[-1].refused:
+        return found[-1]
+    return found[0] if len(found) == 1 else extrapolate(found, layers)
+
+  def _compile(self, name: str, lower: Callable[[int], Any], layers: int, turns: int) -> Measured:
+    lowered = lower(layers)
+    key = hashlib.sha256(lowered.as_text().encode()).hexdigest(), turns
+    if key not in self._known:
+      self.say(f"compiling {name}, {layers} layers")
+      started = time.perf_counter()
+      try:
+        compiled = lowered.compile()
+      except jax.errors.JaxRuntimeError as error:
+        self._known[key] = _refused(error, time.perf_counter() - started, layers)
+        return self._known[key]
+      seconds = time.perf_counter() - started
+      memory = compiled.memory_analysis()
+      results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+      self._known[key] = Measured(
+        peak=memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        collectives=collective_bytes(compiled.as_text(), turns),
+        seconds=seconds,
+        compiled=(layers,),
+      )  # fmt: skip
+    return self._known[key]
+
+
+def extrapolate(found: list[Measured], layers: int) -> Measured:
+  """A straight line through two numbers of layers."""
+  small, large = found
+  (low,), (high,) = small.compiled, large.compiled
+
+  def line(a: float, b: float) -> float:
+    return a + (b - a) * (layers - low) / (high - low)
+
+  kinds = small.collectives.keys() | large.collectives.keys()
+  return dataclasses.replace(
+    large,
+    peak=line(small.peak, large.peak),
+    temporaries=line(small.temporaries, large.temporaries),
+    collectives={
+      kind: max(0.0, line(small.collectives.get(kind, 0), large.collectives.get(kind, 0)))
+      for kind in sorted(kinds)
+    },
+    seconds=small.seconds + large.seconds,
+    compiled=(low, high),
+  )
+
+
+def _refused(error: Exception, seconds: float, layers: int) -> Measured:
+  """The TPU compiler refuses what its chip cannot hold, and says how much it would take."""
+  match = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", str(error))
+  if "RESOURCE_EXHAUSTED" not in str(error) or match is None:
+    raise error
+  needed = float(match[1]) * _UNITS[match[2]]
+  return Measured(needed, needed, seconds=seconds, compiled=(layers,), refused=True)

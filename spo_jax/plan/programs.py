@@ -1,0 +1,316 @@
+"""Every program of a run as something that can be lowered without arrays, with what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from spo_jax import model, sampler, sharding
+from spo_jax.config import Config, ModelConfig, OptimizerConfig
+from spo_jax.plan import costs
+from spo_jax.structs import KVCache, Sampling, TrainRows
+from spo_jax.update import (
+  init_state,
+  make_optimizer,
+  policy_update,
+  score_rows,
+  supervised_update,
+)
+
+STATE = ("parameters", "optimiser", "reference")
+
+
+@dataclass(frozen=True)
+class Program:
+  """One compiled program; bytes are those of one chip, and of the whole model."""
+
+  name: str
+  lower: Callable[[int], Any]  # number of layers -> jax.stages.Lowered
+  cost: costs.Cost  # of one call
+  calls: float  # per iteration, at most
+  tokens: int  # of one call, on all chips: prefilled, decoded or trained on, at most
+  turns: int  # of the loop that runs until the data says stop
+  setting: str  # the row count that its memory follows
+  held: dict[str, int]  # bytes by what they hold, inside the program or beside it
+  beside: int  # bytes that stay on the chip and are no argument
+
+
+@dataclass(frozen=True)
+class Shapes:
+  """Arguments of the programs as shapes with their placement on a mesh."""
+
+  config: Config
+  model_config: ModelConfig
+  mesh: Mesh
+
+  def placed(self, tree: Any) -> Any:
+    places = sharding.placements(tree, self.mesh)
+    return jax.tree.map(
+      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places
+    )
+
+  def state(self, optimizer: OptimizerConfig) -> tuple[Any, optax.GradientTransformation]:
+    made = make_optimizer(optimizer)
+    shapes = jax.eval_shape(
+      lambda key: init_state(model.init_params(self.model_config, key), made), jax.random.key(0)
+    )
+    return self.placed(shapes), made
+
+  def params(self) -> Any:
+    return self.placed(
+      jax.eval_shape(lambda key: model.init_params(self.model_config, key), jax.random.key(0))
+    )
+
+  def array(self, name: str, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    place = sharding.activation(name, shape, self.mesh)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+  def cache(self, rows: int) -> KVCache:
+    c = self.model_config
+    shape = (rows, c.num_kv_heads, self.config.row_tokens, model.head_width(c))
+    layer = self.array("cache", shape, c.compute_dtype)
+    return KVCache(
+      keys=(layer,) * c.num_layers, values=(layer,) * c.num_layers, length=_host((rows,))
+    )
+
+
+def _host(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+  """An array that comes from the host: where it goes is left to the compiler."""
+  return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def chip_bytes(tree: Any) -> int:
+  """Bytes of one chip's part of arrays with a placement."""
+  total = 0
+  for leaf in jax.tree.leaves(tree):
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    size = jnp.dtype(leaf.dtype).itemsize
+    for length in shape:
+      size *= length
+    total += size
+  return total
+
+
+class Programs:
+  """The programs of a run on a mesh; `listed` has them in the order in which they run."""
+
+  def __init__(self, config: Config, model_config: ModelConfig, mesh: Mesh):
+    self.config, self.model_config, self.mesh = config, model_config, mesh
+    self.split = costs.Split(
+      rows=sharding.row_shards(mesh),
+      parameters=mesh.shape["fsdp"] * mesh.shape["tensor"],
+      tensor=mesh.shape["tensor"],
+    )
+    shapes = Shapes(config, model_config, mesh)
+    state, _ = shapes.state(config.optimizer)
+    parameters = chip_bytes(state.params)
+    self.held = {
+      "parameters": parameters,
+      "optimiser": chip_bytes(state.opt_state),
+      "reference": parameters if config.train.kl.coefficient else 0,
+    }
+    self.count = model.count_params(model_config)
+
+  def listed(self) -> list[Program]:
+    found = [*self._rollouts(), *self._rescoring(), self._update(), *self._evaluation()]
+    if self.config.sft.max_steps:
+      found = [self._warm_start(), *found]
+    return found
+
+  def _shapes(self, layers: int) -> Shapes:
+    small = dataclasses.replace(self.model_config, num_layers=layers)
+    return Shapes(self.config, small, self.mesh)
+
+  def _cache_bytes(self, rows: int) -> int:
+    return chip_bytes(Shapes(self.config, self.model_config, self.mesh).cache(rows))
+
+  def _sampling(self, evaluating: bool = False) -> Sampling:
+    rollout, held_out = self.config.rollout, self.config.eval
+    table = None
+    if rollout.stop:
+      # One state per byte that may have been seen of a stop string, and the first and the last.
+      states = 1 + sum(len(stop.encode()) for stop in rollout.stop)
+      table = _host((self.model_config.vocab_size, states), jnp.int16)
+    top_k = 0 if evaluating else rollout.top_k
+    top_p = held_out.top_p if evaluating else rollout.top_p
+    return Sampling(
+      temperature=held_out.temperature if evaluating else rollout.temperature,
+      top_p=top_p, end_ids=(0,), pad_id=0, top_k=top_k, truncate=top_p < 1 or top_k > 0,
+      stop_table=table,
+    )  # fmt: skip
+
+  def _prefill(self, name: str, prompts: int, calls: float) -> Program:
+    rollout = self.config.rollout
+    width = rollout.max_prompt_tokens
+
+    def lower(layers: int) -> Any:
+      shapes = self._shapes(layers)
+      return sampler.prefill.lower(
+        shapes.model_config, shapes.params(), _host((prompts, width)), _host((prompts,)),
+        slots=self.config.row_tokens,
+      )  # fmt: skip
+
+    return Program(
+      name, lower, costs.prefill(self.model_config, prompts, width, self.split), calls,
+      prompts * width, 1, "rollout.rows",
+      {**self.held, "kv_cache": self._cache_bytes(prompts)}, self._beside(),
+    )  # fmt: skip
+
+  def _grow(
+    self, name: str, parents: int, rows: int, tokens: int, keep: bool, calls: float,
+    evaluating: bool = False,
+  ) -> Program:  # fmt: skip
+    key = jax.eval_shape(lambda: jax.random.key(0))
+
+    def lower(layers: int) -> Any:
+      shapes = self._shapes(layers)
+      each = _host((rows,))
+      return sampler.grow.lower(
+        shapes.model_config, shapes.params(), shapes.cache(parents), each, each, each, each, key,
+        each, each, self._sampling(evaluating), max_tokens=tokens, keep_cache=keep,
+      )  # fmt: skip
+
+    held = self._cache_bytes(parents) + self._cache_bytes(rows)
+    slots = self.config.row_tokens
+    return Program(
+      name, lower, costs.decode(self.model_config, rows, slots, tokens, self.split), calls,
+      rows * tokens, tokens, "rollout.rows", {**self.held, "kv_cache": held}, self._beside(),
+    )  # fmt: skip
+
+  def _beside(self) -> int:
+    """While tokens are sampled, moments and reference wait on the chip."""
+    return self.held["optimiser"] + self.held["reference"]
+
+  def _rollouts(self) -> list[Program]:
+    rollout, spo = self.config.rollout, self.config.spo
+    if self.config.algorithm == "tree":
+      at_once = rollout.rows // self.config.leaves
+      calls = -(-rollout.questions // at_once)
+      found, parents = [self._prefill("prefill", at_once, calls)], at_once
+      for depth, branch in enumerate(spo.branch_factors):
+        is_last = depth == len(spo.branch_factors) - 1
+        room = rollout.max_response_tokens - depth * spo.segment_tokens
+        tokens = room if is_last else spo.segment_tokens
+        found.append(
+          self._grow(
+            f"grow level {depth + 1}", parents, parents * branch, tokens, not is_last, calls
+          )
+        )
+        parents *= branch
+      return found
+    at_once = rollout.rows // rollout.samples
+    calls = -(-rollout.questions // at_once)
+    rows = at_once * rollout.samples
+    found = [
+      self._prefill("prefill", at_once, calls),
+      self._grow("grow", at_once, rows, rollout.max_response_tokens, True, calls),
+    ]
+    if self.config.algorithm == "chain":
+      boundaries = -(-rollout.max_response_tokens // spo.interval) * rows
+      more = calls * -(-boundaries * spo.continuations // rollout.rows)
+      found.append(
+        self._grow("continue", rows, rollout.rows, rollout.max_response_tokens, False, more)
+      )
+    return found
+
+  def _rescoring(self) -> list[Program]:
+    config, rollout = self.config, self.config.rollout
+    if not rollout.recompute_logprobs:
+      return []
+    length = config.row_tokens
+    rows = rollout.questions * rollout.samples
+    waiting = self._cache_bytes(rollout.rows // rollout.samples * rollout.samples)
+    if config.algorithm == "tree":
+      nodes, level = 0, 1
+      for branch in config.spo.branch_factors:
+        level *= branch
+        nodes += level
+      rows, waiting = rollout.questions * nodes, 0
+
+    def lower(layers: int) -> Any:
+      shapes = self._shapes(layers)
+      shape = (rollout.rows, length)
+      return score_rows.lower(
+        shapes.model_config, shapes.params(), _host(shape), _host(shape, bool), rollout.temperature
+      )
+
+    return [
+      Program(
+        "score", lower, costs.score(self.model_config, rollout.rows, length, self.split),
+        -(-rows // rollout.rows), rollout.rows * length, 1, "rollout.rows",
+        {**self.held, "kv_cache": waiting}, self._beside() + waiting,
+      )
+    ]  # fmt: skip
+
+  def _update(self) -> Program:
+    config, train = self.config, self.config.train
+    length, micro = config.row_tokens, train.micro_batch_rows
+    micro_batches = train.batch_rows // micro
+    reference = bool(train.kl.coefficient)
+
+    def lower(layers: int) -> Any:
+      shapes = self._shapes(layers)
+      state, optimizer = shapes.state(config.optimizer)
+
+      def rows(dtype: Any) -> jax.ShapeDtypeStruct:
+        return shapes.array("micro_batches", (micro_batches, micro, length), dtype)
+
+      batch = TrainRows(
+        rows(jnp.int32), rows(bool), rows(bool), rows(jnp.float32), rows(jnp.float32)
+      )
+      return policy_update.lower(
+        shapes.model_config, train, optimizer, state, state.params if reference else None, batch,
+        shapes.array("scalar", (), jnp.int32), shapes.array("scalar", (), jnp.float32),
+      )  # fmt: skip
+
+    rows = config.rollout.questions * config.rollout.samples
+    if config.algorithm == "tree":
+      rows = config.spo.edges_per_iteration
+    return Program(
+      "update", lower,
+      costs.update(
+        self.model_config, self.count, micro_batches, micro, length, reference, self.split
+      ),
+      train.epochs * -(-rows // train.batch_rows), train.batch_rows * length, micro_batches,
+      "train.micro_batch_rows", {**self.held, "kv_cache": 0}, 0,
+    )  # fmt: skip
+
+  def _evaluation(self) -> list[Program]:
+    config = self.config
+    rows = config.rollout.rows
+    calls = -(-config.eval.problems // rows) / config.eval.every
+    return [
+      self._prefill("evaluate: prefill", rows, calls),
+      self._grow(
+        "evaluate: grow", rows, rows, config.rollout.max_response_tokens, True, calls, True
+      ),
+    ]
+
+  def _warm_start(self) -> Program:
+    """Calls are 0: it is over before the first iteration."""
+    config, sft = self.config, self.config.sft
+    length, micro = config.row_tokens, sft.micro_batch_rows or sft.batch_rows
+
+    def lower(layers: int) -> Any:
+      shapes = self._shapes(layers)
+      state, optimizer = shapes.state(sft.optimizer)
+      shape = (sft.batch_rows, length)
+      return supervised_update.lower(
+        shapes.model_config, optimizer, state, _host(shape), _host(shape, bool),
+        _host(shape, bool), micro_rows=micro,
+      )  # fmt: skip
+
+    micro_batches = sft.batch_rows // micro
+    return Program(
+      "supervised update", lower,
+      costs.update(self.model_config, self.count, micro_batches, micro, length, False, self.split),
+      0, sft.batch_rows * length, micro_batches, "sft.micro_batch_rows",
+      {**self.held, "reference": 0, "kv_cache": 0}, 0,
+    )  # fmt: skip
