@@ -59,13 +59,13 @@ class Shapes:
   def state(self, optimizer: OptimizerConfig) -> tuple[Any, optax.GradientTransformation]:
     made = make_optimizer(optimizer)
     shapes = jax.eval_shape(
-      lambda key: init_state(model.init_params(self.model_config, key), made), jax.random.key(0)
+      lambda: init_state(model.init_params(self.model_config, jax.random.key(0)), made)
     )
     return self.placed(shapes), made
 
   def params(self) -> Any:
     return self.placed(
-      jax.eval_shape(lambda key: model.init_params(self.model_config, key), jax.random.key(0))
+      jax.eval_shape(lambda: model.init_params(self.model_config, jax.random.key(0)))
     )
 
   def array(self, name: str, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

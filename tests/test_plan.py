@@ -1,0 +1,406 @@
+"""What the planner counts, against numbers worked out by hand; its command in processes of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spo_jax.config import Config, ConfigError, MeshConfig, ModelConfig, load
+from spo_jax.model import count_params
+from spo_jax.plan import costs
+from spo_jax.plan.chips import CHIPS, parse_topology
+from spo_jax.plan.collectives import collective_bytes
+from spo_jax.plan.compiling import Measured, extrapolate
+from spo_jax.plan.costs import Split
+from spo_jax.plan.fitting import Line, Plan, next_change, with_settings
+from spo_jax.plan.programs import Program
+from spo_jax.plan.shapes import HUB_NAMES, SHAPES, model_shape
+
+ROOT = Path(__file__).parents[1]
+
+# Per layer: W = 8 * (2 * 2 + 2 * 1) * 4 + 3 * 8 * 16 = 576 weights.
+SMALL = ModelConfig(
+  vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=3, num_heads=2, num_kv_heads=1,
+)  # fmt: skip
+
+
+def test_flops_of_a_forward_by_hand():
+  """2 rows of 10: 20 tokens * 3 layers * (2 * 576 + 4 * 2 heads * 4 wide * 10 slots)."""
+  assert costs.layer_weights(SMALL) == 576
+  assert costs.forward(SMALL, 2, 10, Split()).flops == 20 * 3 * (1152 + 320)
+
+
+def test_bytes_of_a_forward_by_hand():
+  """Weights 576 * 4; 20 tokens * 2 * 4 * (48 + 24 + 48); scores 20 * 10 * 2 * 2 * 8."""
+  assert costs.forward(SMALL, 2, 10, Split()).bytes == 3 * (2304 + 19200 + 6400)
+  half = dataclasses.replace(SMALL, compute_dtype="bfloat16")
+  assert costs.forward(half, 2, 10, Split()).bytes == 3 * (1152 + 9600 + 4800)
+
+
+def test_cost_of_decoding_by_hand():
+  """2 rows, 5 steps, 10 slots: every step reads all weights and both whole caches."""
+  cost = costs.decode(SMALL, 2, 10, 5, Split())
+  assert cost.flops == 5 * 2 * (3 * (1152 + 320) + 2 * 8 * 32)
+  cache = 2 * 4 * 2 * 10 * 1 * 4
+  assert cost.bytes == 5 * (3 * (2304 + cache) + 4 * 8 * 32 + 3 * 4 * 2 * 32)
+
+
+def test_cost_of_an_update_by_hand():
+  """3 forwards of the layers and 4 heads a micro-batch, and one of each for the reference."""
+  body, head = costs.forward(SMALL, 2, 10, Split()), costs.head(SMALL, 2, 10, Split())
+  assert head.flops == 20 * 2 * 8 * 32
+  plain = costs.update(SMALL, 1000, 4, 2, 10, False, Split())
+  assert plain.flops == 4 * (3 * body.flops + 4 * head.flops)
+  assert plain.bytes == 4 * (3 * body.bytes + 4 * head.bytes + 16 * 1000) + 28 * 1000
+  compared = costs.update(SMALL, 1000, 4, 2, 10, True, Split())
+  assert compared.flops - plain.flops == 4 * (body.flops + head.flops)
+
+
+def test_work_is_shared_out_by_rows_and_by_heads():
+  whole = costs.score(SMALL, 4, 10, Split()).flops
+  assert costs.score(SMALL, 4, 10, Split(rows=4)).flops == whole / 4
+  assert costs.score(SMALL, 4, 10, Split(rows=2, tensor=2)).flops == whole / 4
+  assert costs.score(SMALL, 4, 10, Split(rows=3)).flops == whole  # as sharding.py lays them out
+  sharded = costs.update(SMALL, 1000, 1, 4, 10, False, Split(parameters=4)).bytes
+  alone = costs.update(SMALL, 1000, 1, 4, 10, False, Split()).bytes
+  assert alone - sharded == 0.75 * 1000 * (16 + 28)
+
+
+def test_built_in_shapes_have_the_published_number_of_parameters():
+  published = {
+    "rho-1.1b": 1_100_048_384,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "r1-qwen-1.5b": 1_777_088_000,
+    "deepseekmath-7b": 6_910_365_696,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-32b": 32_763_876_352,
+  }
+  assert {name: count_params(shape) for name, shape in SHAPES.items()} == published
+
+
+def test_every_shipped_config_has_a_shape_without_the_hub():
+  for path in sorted((ROOT / "configs").glob("*.yaml")):
+    config = load(path)
+    assert config.model.path is None or config.model.path in HUB_NAMES, path.name
+    shape, _ = model_shape(config, None, None)
+    assert shape.vocab_size > 0 and shape.compute_dtype == config.model.compute_dtype
+
+
+def test_shape_of_a_config_json_or_of_a_name_stands_for_the_models_own(tmp_path):
+  file = tmp_path / "config.json"
+  file.write_text(json.dumps({
+    "model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 10,
+    "intermediate_size": 16, "num_hidden_layers": 3, "max_position_embeddings": 4096,
+  }))  # fmt: skip
+  config = load(ROOT / "configs" / "qwen1.5b_math_tree.yaml")
+  shape, source = model_shape(config, str(file), None)
+  assert (shape.num_layers, shape.compute_dtype, source) == (3, "bfloat16", str(file))
+  assert model_shape(config, "qwen2.5-7b", None)[0].hidden_size == 3584
+
+
+@pytest.mark.parametrize(
+  ("model_config", "vocab_size", "said"),
+  [
+    ("no.json", None, "no.json is no file and none of rho"),
+    (None, 0, "--vocab-size 0"),
+    ("qwen2.5-7b", 10, "qwen2.5-7b has its own"),
+  ],
+)
+def test_a_shape_that_is_none_is_refused(model_config, vocab_size, said):
+  with pytest.raises(ConfigError, match=said):
+    model_shape(Config(), model_config, vocab_size)
+
+
+def test_topologies():
+  assert parse_topology("v5e:4x4").devices == 16
+  assert parse_topology("v5p:4x4x4").devices == 64
+  assert parse_topology("v6e:16x16").hbm_bytes == 32 * 2**30
+  assert (parse_topology("cpu:8").devices, parse_topology("local").hbm_bytes) == (8, None)
+
+
+@pytest.mark.parametrize("text", ["v5e", "v5e:4", "v9:4x4", "cpu:0", "cpu", "v5e:4x4x4x4", ""])
+def test_other_topologies_are_refused(text):
+  with pytest.raises(ConfigError, match="is not a slice of v4, v5e, v5p, v6e"):
+    parse_topology(text)
+
+
+HLO = """HloModule jit_f, is_scheduled=true
+
+%inner_body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %two = s32[] constant(2)
+  %next = s32[] add(%i, %two)
+  %x = f32[8]{0} get-tuple-element(%p), index=1
+  %gathered = bf16[32]{0} all-gather(%x), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %t = (s32[], f32[8]{0}) tuple(%next, %x)
+}
+
+%inner_cond (p.1: (s32[], f32[8])) -> pred[] {
+  %p.1 = (s32[], f32[8]{0}) parameter(0)
+  %bound = s32[] constant(6)
+  %j = s32[] get-tuple-element(%p.1), index=0
+  ROOT %less = pred[] compare(%j, %bound), direction=LT
+}
+
+%outer_body (q: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %q = (s32[], f32[8]{0}) parameter(0)
+  %inner = (s32[], f32[8]{0}) while(%q), condition=%inner_cond, body=%inner_body
+  %y = f32[8]{0} get-tuple-element(%inner), index=1
+  %start = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%y), channel_id=2, source_target_pairs={{0,1},{1,0}}
+  %done = f32[8]{0} collective-permute-done(%start)
+  %k = s32[] get-tuple-element(%inner), index=0
+  ROOT %u = (s32[], f32[8]{0}) tuple(%k, %done)
+}
+
+%outer_cond (r: (s32[], f32[8])) -> pred[] {
+  %r = (s32[], f32[8]{0}) parameter(0)
+  %m = s32[] get-tuple-element(%r), index=0
+  %limit = s32[] get-tuple-element(%r), index=0
+  ROOT %below = pred[] compare(%m, %limit), direction=LT
+}
+
+%phase (z: f32[16]) -> f32[16] {
+  %z = f32[16]{0} parameter(0)
+  ROOT %summed = f32[16]{0} all-reduce(%z), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%outer_cond
+}
+
+ENTRY %main (a: (s32[], f32[8]), b: f32[16]) -> f32[16] {
+  %a = (s32[], f32[8]{0}) parameter(0)
+  %b = f32[16]{0} parameter(1)
+  %loop = (s32[], f32[8]{0}) while(%a), condition=%outer_cond, body=%outer_body
+  %first = f32[16]{0} fusion(%b), kind=kCustom, calls=%phase
+  %second = f32[16]{0} fusion(%first), kind=kCustom, calls=%phase
+  %scattered = f32[4]{0} reduce-scatter(%second), channel_id=4, replica_groups=mesh['x'=2,'y'=4] {'y'}, dimensions={0}
+  ROOT %out = f32[16]{0} all-to-all(%second), channel_id=5, replica_groups=[1,8]<=[8], dimensions={0}
+}
+"""  # noqa: E501
+
+
+def test_collective_bytes_by_hand():
+  """The outer loop is told to run 5 times; the inner one counts 0, 2, 4."""
+  assert collective_bytes(HLO, turns=5) == {
+    "all-gather": 5 * 3 * 64 * 3 / 4,
+    "collective-permute": 5 * 32,
+    "all-reduce": 2 * 64 * 3 / 4,  # two phases of one transfer
+    "reduce-scatter": 16 * 3,
+    "all-to-all": 64 * 7 / 8,
+  }
+
+
+def test_turns_that_the_program_states_are_believed():
+  stated = HLO.replace(
+    "body=%outer_body", 'body=%outer_body, backend_config={"known_trip_count":{"n":"7"}}'
+  )
+  assert collective_bytes(stated, turns=5)["collective-permute"] == 7 * 32
+
+
+def test_a_text_that_is_no_program_is_refused():
+  with pytest.raises(ValueError, match="ENTRY"):
+    collective_bytes("nothing", 1)
+
+
+def line(peak, setting="train.micro_batch_rows", **changes):
+  program = Program(
+    "update", lambda layers: None, costs.Cost(2e12, 3e9), 1, 100, 1, setting, {}, 0
+  )  # fmt: skip
+  return Line(dataclasses.replace(program, **changes), Measured(peak), CHIPS["v5e"])
+
+
+def plan_of(config, mesh, *lines):
+  return Plan(config, list(lines), dict(zip(("data", "fsdp", "tensor"), mesh)), 100)
+
+
+CONFIG = with_settings(Config(), {"train.micro_batch_rows": 32, "rollout.rows": 256})
+
+
+def test_parameters_are_shared_out_before_rows_are_fewer():
+  assert next_change(plan_of(CONFIG, (8, 1, 1), line(101))) == {"mesh.data": 1, "mesh.fsdp": 8}
+
+
+def test_rows_of_the_largest_program_are_halved():
+  update, grow = line(101), line(102, "rollout.rows")
+  assert next_change(plan_of(CONFIG, (1, 8, 1), update)) == {"train.micro_batch_rows": 16}
+  assert next_change(plan_of(CONFIG, (1, 8, 1), update, grow)) == {"rollout.rows": 128}
+
+
+def test_rows_stay_a_whole_tree_and_an_equal_share_for_every_chip():
+  tree = dataclasses.replace(
+    CONFIG, algorithm="tree", spo=dataclasses.replace(CONFIG.spo, branch_factors=(5, 5))
+  )
+  tree = with_settings(tree, {"rollout.rows": 72})
+  assert next_change(plan_of(tree, (1, 8, 1), line(101, "rollout.rows"))) == {"rollout.rows": 32}
+  tree = with_settings(tree, {"rollout.rows": 48})
+  change = next_change(plan_of(tree, (1, 8, 1), line(101, "rollout.rows")))
+  assert change == {"mesh.fsdp": 4, "mesh.tensor": 2}  # 24 do not hold 25 leaves
+
+
+def test_chips_move_to_the_tensor_axis_until_none_is_left():
+  least = with_settings(CONFIG, {"train.micro_batch_rows": 8})
+  assert next_change(plan_of(least, (1, 8, 1), line(101))) == {
+    "mesh.fsdp": 4, "mesh.tensor": 2, "train.micro_batch_rows": 4,
+  }  # fmt: skip
+  one = with_settings(CONFIG, {"train.micro_batch_rows": 1})
+  assert next_change(plan_of(one, (1, 1, 8), line(101))) is None
+
+
+def test_settings_are_set_in_their_sections():
+  config = with_settings(Config(), {"mesh.data": 1, "mesh.fsdp": 4})
+  assert config.mesh == MeshConfig(1, 4, 1)
+
+
+def test_time_at_best_is_that_of_the_scarcest_resource():
+  shown = line(0).to_json()
+  assert shown["seconds"]["compute"] == 2e12 / 197e12
+  assert shown["seconds"]["memory"] == 3e9 / 819e9
+  assert (shown["bound"], shown["seconds"]["roofline"]) == ("compute", 2e12 / 197e12)
+  assert shown["tokens_per_second"] == pytest.approx(100 * 197 / 2)
+
+
+def test_what_waits_on_the_chip_beside_a_program_counts():
+  assert line(90, beside=11).peak == 101
+  assert not plan_of(CONFIG, (1, 8, 1), line(90, beside=11)).fits
+
+
+# --- the command ---
+
+TINY = """
+algorithm: tree
+model: {hidden_size: 16, intermediate_size: 32, num_layers: 2, num_heads: 2, num_kv_heads: 2}
+spo: {branch_factors: [2, 2], segment_tokens: 4, edges_per_iteration: 32}
+rollout: {questions: 4, rows: 16, max_prompt_tokens: 8, max_response_tokens: 16}
+train: {batch_rows: 32, micro_batch_rows: 32}
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+  file = tmp_path_factory.mktemp("plan") / "tiny.yaml"
+  file.write_text(TINY)
+  return file
+
+
+def command(*arguments):
+  environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+  return subprocess.run(
+    [sys.executable, "-m", "spo_jax.plan", *map(str, arguments)], env=environment,
+    capture_output=True, text=True,
+  )  # fmt: skip
+
+
+PROGRAMS = [
+  "prefill", "grow level 1", "grow level 2", "update", "evaluate: prefill", "evaluate: grow",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def fitting(tiny):
+  done = command("--config", tiny, "--topology", "cpu:8", "--hbm", 1, "--json")
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout)
+
+
+def test_a_run_that_fits(fitting):
+  assert fitting["fits"] and fitting["search"] is None
+  assert (fitting["chips"], fitting["topology"]) == (8, "cpu:8")
+  plan = fitting["as_configured"]
+  assert plan["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
+  assert [program["name"] for program in plan["programs"]] == PROGRAMS
+  for program in plan["programs"]:
+    assert program["bytes"]["peak"] > program["bytes"]["parameters"] > 0
+    assert program["flops"] > 0 and program["bytes_moved"] > 0
+    assert program["seconds"] is None  # a CPU has no public peaks
+    assert program["layers_compiled"] == [2]
+
+
+def test_bytes_of_the_state_by_hand(fitting):
+  """Replicated float32; AdamW's two moments and a count; no reference without a KL term."""
+  update = next(p for p in fitting["as_configured"]["programs"] if p["name"] == "update")
+  parameters = 4 * fitting["model"]["parameters"]
+  assert update["bytes"]["parameters"] == parameters
+  assert 2 * parameters < update["bytes"]["optimiser"] <= 2 * parameters + 8
+  assert update["bytes"]["reference"] == 0
+
+
+def test_bytes_of_the_cache_by_hand(fitting):
+  """Layers * 2 * heads * slots * width * 4 bytes a row; 4 whole on each chip, 8 and 16 shared."""
+  row = 2 * 2 * 2 * 24 * 8 * 4
+  held = {p["name"]: p["bytes"]["kv_cache"] for p in fitting["as_configured"]["programs"]}
+  assert held["prefill"] == 4 * row + 0
+  assert held["grow level 1"] == (4 + 1) * row + 0
+  assert held["grow level 2"] == (1 + 2) * row + 0
+
+
+def test_gradients_are_summed_over_the_rows_of_all_chips(fitting):
+  """One all-reduce of every parameter for the only micro-batch, and a few scalars."""
+  update = next(p for p in fitting["as_configured"]["programs"] if p["name"] == "update")
+  gradients = 2 * 4 * fitting["model"]["parameters"] * 7 / 8
+  assert gradients <= update["collective_bytes"]["all-reduce"] <= 1.2 * gradients
+
+
+def test_a_run_that_does_not_fit_says_what_to_change(tiny, fitting):
+  """A limit just below the peak of the update: parameters are shared out, or rows halved."""
+  peak = fitting["as_configured"]["peak"]
+  done = command("--config", tiny, "--topology", "cpu:8", "--hbm", 0.9 * peak / 2**30)
+  assert done.returncode == 3, done.stderr
+  assert "does not fit: " in done.stdout
+  assert "To make it fit: --set mesh.data=1 mesh.fsdp=8" in done.stdout
+  assert "GiB per chip" in done.stdout and "grow level 2" in done.stdout
+
+
+def test_a_run_that_cannot_fit_ends_with_3(tiny):
+  done = command("--config", tiny, "--topology", "cpu:2", "--hbm", 1e-6, "--json")
+  result = json.loads(done.stdout)
+  assert (done.returncode, result["fits"], result["search"]["fits"]) == (3, False, False)
+  assert result["search"]["steps"] and result["search"]["plan"] is None
+
+
+@pytest.mark.parametrize(
+  ("arguments", "said"),
+  [
+    (["--topology", "v9:4x4"], "--topology v9:4x4"),
+    (["--topology", "cpu:8", "--hbm", "-1"], "--hbm -1"),
+    (["--topology", "cpu:3"], "rollout.rows=16 cannot be shared out"),
+    (["--topology", "cpu:8", "--set", "model.num_heads=3"], "model.num_heads=3"),
+  ],
+)
+def test_wrong_usage_is_one_line_and_2(tiny, arguments, said):
+  done = command("--config", tiny, *arguments)
+  assert (done.returncode, done.stdout) == (2, "")
+  assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+  assert said in done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_without_libtpu_a_tpu_slice_names_the_extra(tiny):
+  done = command("--config", tiny, "--topology", "v5e:4x4")
+  assert done.returncode == 2 and "spo_jax[tpu-plan]" in done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_the_tpu_compiler_compiles_every_program(tiny):
+  done = command("--config", tiny, "--topology", "v5e:2x2", "--json")
+  assert done.returncode == 0, done.stderr
+  result = json.loads(done.stdout)
+  assert result["chips"] == 4 and "v5" in result["device"]
+  programs = result["as_configured"]["programs"]
+  assert [program["name"] for program in programs] == PROGRAMS
+  for program in programs:
+    assert program["seconds"]["roofline"] > 0 and program["tokens_per_second"] > 0
+  assert sum(programs[3]["collective_bytes"].values()) > 0
+
+
+def test_extrapolation_is_a_straight_line():
+  low = Measured(10, 4, {"all-gather": 6.0}, 1, (2,))
+  high = Measured(16, 5, {"all-gather": 8.0, "all-reduce": 2.0}, 2, (4,))
+  found = extrapolate([low, high], 10)
+  assert (found.peak, found.temporaries, found.seconds, found.compiled) == (34, 8, 3, (2, 4))
+  assert found.collectives == {"all-gather": 14, "all-reduce": 8}
