@@ -19,7 +19,7 @@ from spo_jax.plan.chips import CHIPS, parse_topology
 from spo_jax.plan.collectives import collective_bytes
 from spo_jax.plan.compiling import Measured, extrapolate
 from spo_jax.plan.costs import Split
-from spo_jax.plan.fitting import Line, Plan, next_change, with_settings
+from spo_jax.plan.fitting import Line, Plan, next_change, share_out, with_settings
 from spo_jax.plan.programs import Program
 from spo_jax.plan.shapes import HUB_NAMES, SHAPES, model_shape
 
@@ -187,7 +187,7 @@ ENTRY %main (a: (s32[], f32[8]), b: f32[16]) -> f32[16] {
 
 def test_collective_bytes_by_hand():
   """The outer loop is told to run 5 times; the inner one counts 0, 2, 4."""
-  assert collective_bytes(HLO, turns=5) == {
+  assert collective_bytes(HLO, (5,)) == {
     "all-gather": 5 * 3 * 64 * 3 / 4,
     "collective-permute": 5 * 32,
     "all-reduce": 2 * 64 * 3 / 4,  # two phases of one transfer
@@ -200,17 +200,23 @@ def test_turns_that_the_program_states_are_believed():
   stated = HLO.replace(
     "body=%outer_body", 'body=%outer_body, backend_config={"known_trip_count":{"n":"7"}}'
   )
-  assert collective_bytes(stated, turns=5)["collective-permute"] == 7 * 32
+  assert collective_bytes(stated, (5,))["collective-permute"] == 7 * 32
+
+
+def test_loops_inside_loops_are_told_their_own_turns():
+  unknown = HLO.replace("%bound = s32[] constant(6)", "%bound = s32[] get-tuple-element(%p.1), index=0")
+  assert collective_bytes(unknown, (5, 2))["all-gather"] == 5 * 2 * 64 * 3 / 4
+  assert collective_bytes(unknown, (5,))["all-gather"] == 5 * 64 * 3 / 4
 
 
 def test_a_text_that_is_no_program_is_refused():
   with pytest.raises(ValueError, match="ENTRY"):
-    collective_bytes("nothing", 1)
+    collective_bytes("nothing")
 
 
 def line(peak, setting="train.micro_batch_rows", **changes):
   program = Program(
-    "update", lambda layers: None, costs.Cost(2e12, 3e9), 1, 100, 1, setting, {}, 0
+    "update", lambda layers: None, costs.Cost(2e12, 3e9), 1, 100, (), setting, {}, 0
   )  # fmt: skip
   return Line(dataclasses.replace(program, **changes), Measured(peak), CHIPS["v5e"])
 
@@ -220,6 +226,9 @@ def plan_of(config, mesh, *lines):
 
 
 CONFIG = with_settings(Config(), {"train.micro_batch_rows": 32, "rollout.rows": 256})
+TREE = dataclasses.replace(
+  CONFIG, algorithm="tree", spo=dataclasses.replace(CONFIG.spo, branch_factors=(5, 4))
+)
 
 
 def test_parameters_are_shared_out_before_rows_are_fewer():
@@ -232,24 +241,42 @@ def test_rows_of_the_largest_program_are_halved():
   assert next_change(plan_of(CONFIG, (1, 8, 1), update, grow)) == {"rollout.rows": 128}
 
 
-def test_rows_stay_a_whole_tree_and_an_equal_share_for_every_chip():
-  tree = dataclasses.replace(
-    CONFIG, algorithm="tree", spo=dataclasses.replace(CONFIG.spo, branch_factors=(5, 5))
-  )
-  tree = with_settings(tree, {"rollout.rows": 72})
-  assert next_change(plan_of(tree, (1, 8, 1), line(101, "rollout.rows"))) == {"rollout.rows": 32}
-  tree = with_settings(tree, {"rollout.rows": 48})
-  change = next_change(plan_of(tree, (1, 8, 1), line(101, "rollout.rows")))
-  assert change == {"mesh.fsdp": 4, "mesh.tensor": 2}  # 24 do not hold 25 leaves
+def test_rows_stay_whole_trees_that_make_equal_shares():
+  """Trees of 20 leaves on 8 chips: 2 of them are 40 rows."""
+  tree = with_settings(TREE, {"rollout.rows": 88})
+  assert next_change(plan_of(tree, (1, 8, 1), line(101, "rollout.rows"))) == {"rollout.rows": 40}
+
+
+def test_layers_are_computed_again_once_rows_cannot_be_fewer():
+  least = with_settings(CONFIG, {"train.micro_batch_rows": 8})
+  first = next_change(plan_of(least, (1, 8, 1), line(101)))
+  assert first == {"train.remat": "dots"}
+  again = with_settings(least, first)
+  assert next_change(plan_of(again, (1, 8, 1), line(101))) == {"train.remat": "layer"}
 
 
 def test_chips_move_to_the_tensor_axis_until_none_is_left():
-  least = with_settings(CONFIG, {"train.micro_batch_rows": 8})
+  least = with_settings(CONFIG, {"train.micro_batch_rows": 8, "train.remat": "layer"})
   assert next_change(plan_of(least, (1, 8, 1), line(101))) == {
     "mesh.fsdp": 4, "mesh.tensor": 2, "train.micro_batch_rows": 4,
   }  # fmt: skip
-  one = with_settings(CONFIG, {"train.micro_batch_rows": 1})
+  rollouts = with_settings(TREE, {"rollout.rows": 40})
+  change = next_change(plan_of(rollouts, (1, 8, 1), line(101, "rollout.rows")))
+  assert change == {"mesh.fsdp": 4, "mesh.tensor": 2, "rollout.rows": 20}
+  one = with_settings(least, {"train.micro_batch_rows": 1})
   assert next_change(plan_of(one, (1, 1, 8), line(101))) is None
+
+
+def test_rows_that_chips_cannot_share_out_are_moved_to_the_nearest_that_they_can():
+  published = load(ROOT / "configs" / "qwen1.5b_math_tree.yaml")  # 216 rows, micro-batches of 32
+  assert share_out(published, 16) == {
+    "mesh.data": 1, "mesh.fsdp": 16, "mesh.tensor": 1, "rollout.rows": 432,
+  }  # fmt: skip
+  # Batches of 128 rows have no share for each of 256 chips.
+  assert share_out(published, 256) == {
+    "mesh.data": 1, "mesh.fsdp": 128, "mesh.tensor": 2, "rollout.rows": 3456,
+    "train.micro_batch_rows": 128,
+  }  # fmt: skip
 
 
 def test_settings_are_set_in_their_sections():

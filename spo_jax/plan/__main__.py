@@ -23,7 +23,7 @@ from spo_jax.model import count_params
 from spo_jax.plan import printing
 from spo_jax.plan.chips import GIB, parse_topology
 from spo_jax.plan.compiling import Compiler, described_devices
-from spo_jax.plan.fitting import Planner
+from spo_jax.plan.fitting import NotShared, Planner
 from spo_jax.plan.shapes import SHAPES, model_shape
 
 DOES_NOT_FIT = 3
@@ -58,7 +58,11 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument(
     "--exact", action="store_true",
-    help="compile all layers (minutes) instead of extrapolating from 2 and 4",
+    help="compile all layers (minutes) instead of extrapolating from a few",
+  )  # fmt: skip
+  parser.add_argument(
+    "--only", metavar="PROGRAM", nargs="+",
+    help="look at these programs alone, e.g. --only update 'grow level 3'",
   )  # fmt: skip
   parser.add_argument(
     "--no-search", action="store_true", help="do not look for settings that fit"
@@ -85,13 +89,19 @@ def plan_command(options: argparse.Namespace) -> dict[str, Any]:
   def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
-  compiler = Compiler(options.exact, say)
-  planner = Planner(model_config, devices, topology.chip, hbm, compiler)
-  first = planner.plan(config)
-  shown, changed, steps = first, {}, []
-  if not first.fits and not options.no_search:
-    found, changed, steps = planner.search(first, say)
-    shown = found or first
+  planner = Planner(
+    model_config, devices, topology.chip, hbm, Compiler(options.exact, say), options.only
+  )
+  cannot, first, found = "", None, None
+  try:
+    first = planner.plan(config)
+  except NotShared as error:
+    if options.no_search:
+      raise
+    cannot = str(error)
+    say(cannot)
+  if not (first and first.fits) and not options.no_search:
+    found = planner.search(config, first, say)
   return {
     "topology": topology.name,
     "device": devices[0].device_kind,
@@ -99,13 +109,14 @@ def plan_command(options: argparse.Namespace) -> dict[str, Any]:
     "versions": {name: _version(name) for name in ("spo_jax", "jax", "libtpu")},
     "model": {"source": source, "layers": model_config.num_layers,
               "parameters": count_params(model_config)},
-    "limit": first.limit,
-    "fits": first.fits,
-    "as_configured": printing.plan_json(first),
-    "search": None if first.fits or options.no_search else {
-      "fits": shown.fits, "settings": changed, "steps": steps,
-      "plan": printing.plan_json(shown) if shown.fits else None,
-    },
+    "limit": planner.limit,
+    "fits": first is not None and first.fits,
+    "cannot_run": cannot or None,
+    "as_configured": printing.plan_json(first) if first else None,
+    "search": {
+      "fits": found.plan is not None, "settings": found.settings, "steps": found.steps,
+      "plan": printing.plan_json(found.plan) if found.plan else None,
+    } if found else None,
   }  # fmt: skip
 
 

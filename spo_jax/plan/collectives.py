@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -38,7 +39,7 @@ class _Computation:
   root: str = ""
 
 
-def collective_bytes(hlo: str, turns: int = 1) -> dict[str, float]:
+def collective_bytes(hlo: str, turns: Sequence[int] = ()) -> dict[str, float]:
   """Bytes sent per chip and kind of collective.
 
   Of a ring of g chips each sends (g - 1)/g of an all-gather's result, of a reduce-scatter's or
@@ -46,12 +47,13 @@ def collective_bytes(hlo: str, turns: int = 1) -> dict[str, float]:
 
   Args:
     hlo: `compiled.as_text()`.
-    turns: how often the outermost loops run whose number of turns is not in the program.
+    turns: how often loops run whose number of turns is not in the program: those that are in no
+      such loop, those inside them, and so on; 1 from where it ends.
   """
   computations, entry = _parse(hlo)
   counted: dict[str, tuple[str, float]] = {}
 
-  def visit(name: str, times: float, open_loops: bool) -> None:
+  def visit(name: str, times: float, depth: int) -> None:
     for instruction in computations[name].instructions.values():
       kind = instruction.kind
       base = kind.removesuffix("-start")
@@ -64,16 +66,17 @@ def collective_bytes(hlo: str, turns: int = 1) -> dict[str, float]:
           counted[key] = base, sent
       if kind.endswith(("-done", "-update")):
         continue  # their computation is that of their -start
-      inner, inner_open = times, open_loops
+      inner, inner_depth = times, depth
       if kind == "while":
         known = _known_turns(computations, instruction)
-        inner *= known if known is not None else turns if open_loops else 1
-        inner_open &= known is not None
+        if known is None:
+          known, inner_depth = turns[depth] if depth < len(turns) else 1, depth + 1
+        inner *= known
       for called in _called(instruction):
         if called in computations:
-          visit(called, inner, inner_open)
+          visit(called, inner, inner_depth)
 
-  visit(entry, 1.0, True)
+  visit(entry, 1.0, 0)
   sums: dict[str, float] = defaultdict(float)
   for kind, sent in counted.values():
     sums[kind] += sent

@@ -8,7 +8,7 @@ import importlib.util
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ import jax
 from spo_jax.config import ConfigError
 from spo_jax.plan.chips import Topology
 from spo_jax.plan.collectives import collective_bytes
+from spo_jax.plan.programs import Program
 
 SMALL = (2, 4)  # layers of the versions from which the whole model is extrapolated
 
@@ -40,6 +41,7 @@ def described_devices(topology: Topology) -> list[jax.Device]:
       "'spo_jax[tpu-plan]', or plan for cpu:N."
     )
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks no cloud which machine this is
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no lock: no chip is opened
   from jax.experimental import topologies
 
   try:
@@ -70,41 +72,45 @@ class Compiler:
 
   def __init__(self, exact: bool, say: Callable[[str], None] = lambda text: None):
     self.exact, self.say = exact, say
-    self._known: dict[tuple[str, int], Measured] = {}
+    self._known: dict[str, Measured] = {}
 
-  def measure(self, name: str, lower: Callable[[int], Any], layers: int, turns: int) -> Measured:
+  def measure(self, program: Program, layers: int) -> Measured:
     """One program of `layers` layers, extrapolated from small versions unless `exact`."""
     counts = (layers,) if self.exact or layers <= SMALL[-1] else SMALL
     found = []
     for count in counts:
-      found.append(self._compile(name, lower, count, turns))
+      found.append(self._compile(program, count))
       if found[-1].refused:
         return found[-1]
     return found[0] if len(found) == 1 else extrapolate(found, layers)
 
-  def _compile(self, name: str, lower: Callable[[int], Any], layers: int, turns: int) -> Measured:
-    lowered = lower(layers)
-    key = hashlib.sha256(lowered.as_text().encode()).hexdigest(), turns
+  def _compile(self, program: Program, layers: int) -> Measured:
+    lowered = program.lower(layers)
+    text = f"{program.turns} {lowered.as_text()}"
+    key = hashlib.sha256(text.encode()).hexdigest()
     if key not in self._known:
-      self.say(f"compiling {name}, {layers} layers")
-      started = time.perf_counter()
-      try:
-        compiled = lowered.compile()
-      except jax.errors.JaxRuntimeError as error:
-        self._known[key] = _refused(error, time.perf_counter() - started, layers)
-        return self._known[key]
-      seconds = time.perf_counter() - started
-      memory = compiled.memory_analysis()
-      results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-      self._known[key] = Measured(
-        peak=memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
-        collectives=collective_bytes(compiled.as_text(), turns),
-        seconds=seconds,
-        compiled=(layers,),
-      )  # fmt: skip
+      self.say(f"compiling {program.name}, {layers} layers")
+      self._known[key] = _compiled(lowered, layers, program.turns)
     return self._known[key]
+
+
+def _compiled(lowered: Any, layers: int, turns: Sequence[int]) -> Measured:
+  started = time.perf_counter()
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    return _refused(error, time.perf_counter() - started, layers)
+  seconds = time.perf_counter() - started
+  memory = compiled.memory_analysis()
+  return Measured(
+    peak=memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    + memory.generated_code_size_in_bytes,
+    temporaries=memory.temp_size_in_bytes,
+    collectives=collective_bytes(compiled.as_text(), turns),
+    seconds=seconds,
+    compiled=(layers,),
+  )  # fmt: skip
 
 
 def extrapolate(found: list[Measured], layers: int) -> Measured:

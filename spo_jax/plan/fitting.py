@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
 from spo_jax import sharding
-from spo_jax.config import Config, ConfigError, ModelConfig, validate
+from spo_jax.config import Config, ConfigError, ModelConfig
 from spo_jax.experiment import check_rows
 from spo_jax.plan.chips import Chip
 from spo_jax.plan.compiling import Compiler, Measured
-from spo_jax.plan.programs import Program, Programs
+from spo_jax.plan.programs import REMAT, Program, Programs, remat_of
+
+Settings = dict[str, int | str]  # "section.name" -> value
 
 RESERVED = 2**28  # bytes of a TPU's HBM that its runtime keeps: libtpu offers 15.75 GiB of 16
 
@@ -74,6 +76,7 @@ class Plan:
   lines: list[Line]
   mesh: dict[str, int]
   limit: int | None  # bytes of a chip that a run may use
+  whole: bool = True  # whether all programs of the run are here
 
   @property
   def worst(self) -> Line:
@@ -82,6 +85,19 @@ class Plan:
   @property
   def fits(self) -> bool:
     return self.limit is None or self.worst.peak <= self.limit
+
+
+@dataclass(frozen=True)
+class Found:
+  """What a search ended with."""
+
+  plan: Plan | None  # that fits
+  settings: Settings  # changed on the way
+  steps: list[dict[str, Any]]
+
+
+class NotShared(ConfigError):
+  """Rows do not make an equal share for every chip."""
 
 
 class Planner:
@@ -94,49 +110,70 @@ class Planner:
     chip: Chip | None,
     hbm_bytes: int | None,
     compiler: Compiler,
+    only: Sequence[str] | None = None,
   ):
     self.model_config, self.devices, self.chip = model_config, devices, chip
     self.limit = None if hbm_bytes is None else hbm_bytes - (RESERVED if chip else 0)
-    self.compiler = compiler
+    self.compiler, self.only = compiler, only
 
-  def plan(self, config: Config) -> Plan:
-    """Raises: ConfigError where the devices do not make the mesh or share out the rows."""
+  def plan(self, config: Config, *, first: str = "", stop: bool = False) -> Plan:
+    """What every program takes.
+
+    Args:
+      first: name of the program to look at first; stop: at the first that does not fit.
+    Raises: NotShared where chips cannot share out the rows; ConfigError where they do not make
+      the mesh, or `only` names no program.
+    """
     mesh = sharding.make_mesh(config.mesh, self.devices)
-    check_rows(config, mesh, training=True)
+    try:
+      check_rows(config, mesh, training=True)
+    except ConfigError as error:
+      raise NotShared(str(error)) from error
     with jax.set_mesh(mesh):
-      lines = [
-        Line(
-          program,
-          self.compiler.measure(
-            program.name, program.lower, self.model_config.num_layers, program.turns
-          ),
-          self.chip,
-        )
-        for program in Programs(config, self.model_config, mesh).listed()
-      ]
-    return Plan(config, lines, dict(mesh.shape), self.limit)
+      programs = Programs(config, self.model_config, mesh).listed()
+      count, programs = len(programs), self._chosen(programs)
+      measured: dict[str, Line] = {}
+      for program in sorted(programs, key=lambda program: program.name != first):
+        taken = self.compiler.measure(program, self.model_config.num_layers)
+        line = measured[program.name] = Line(program, taken, self.chip)
+        if stop and not Plan(config, [line], {}, self.limit).fits:
+          break
+    lines = [measured[program.name] for program in programs if program.name in measured]
+    return Plan(config, lines, dict(mesh.shape), self.limit, len(lines) == count)
 
-  def search(
-    self, plan: Plan, say: Callable[[str], None]
-  ) -> tuple[Plan | None, dict[str, int], list[dict[str, Any]]]:
+  def _chosen(self, programs: list[Program]) -> list[Program]:
+    names = [program.name for program in programs]
+    if unknown := set(self.only or ()) - set(names):
+      raise ConfigError(f"--only {unknown.pop()} is none of {', '.join(names)}.")
+    return [program for program in programs if self.only is None or program.name in self.only]
+
+  def search(self, config: Config, plan: Plan | None, say: Callable[[str], None]) -> Found:
     """Changes one setting at a time until the run fits.
 
-    Returns: the plan that fits or None, the settings changed on the way, and every step.
+    Args:
+      plan: that of `config`, None where its rows cannot be shared out.
     """
-    changed: dict[str, int] = {}
+    changed: Settings = {}
     steps: list[dict[str, Any]] = []
-    while not plan.fits:
-      change = next_change(plan)
+    while plan is None or not plan.fits:
+      if plan is None:
+        change, worst = share_out(config, len(self.devices)), ""
+      else:
+        change, worst = next_change(plan), plan.worst.program.name
       if change is None:
-        return None, changed, steps
+        return Found(None, changed, steps)
       changed |= change
-      say("does not fit; trying " + " ".join(f"{key}={value}" for key, value in change.items()))
-      plan = self.plan(with_settings(plan.config, change))
-      steps.append({"change": change, "peak": plan.worst.peak, "fits": plan.fits})
-    return plan, changed, steps
+      say("trying " + " ".join(f"{key}={value}" for key, value in change.items()))
+      config = with_settings(config, change)
+      plan = self.plan(config, first=worst, stop=True)
+      steps.append({
+        "change": change, "largest": plan.worst.program.name, "peak": plan.worst.peak,
+        "fits": plan.fits,
+      })  # fmt: skip
+    return Found(plan, changed, steps)
 
 
-def with_settings(config: Config, settings: dict[str, int]) -> Config:
+def with_settings(config: Config, settings: Settings) -> Config:
   for key, value in settings.items():
     section, name = key.split(".")
     inner = dataclasses.replace(getattr(config, section), **{name: value})
@@ -144,41 +181,77 @@ def with_settings(config: Config, settings: dict[str, int]) -> Config:
   return config
 
 
-def next_change(plan: Plan) -> dict[str, int] | None:
-  """The setting to change so that the largest program becomes smaller.
+def next_change(plan: Plan) -> Settings | None:
+  """The setting to change so that the largest program becomes smaller, cheapest first.
 
-  First parameters and moments are shared out over all chips (mesh.fsdp), which costs no rows.
-  Then the rows of that program are halved: train.micro_batch_rows of an update, rollout.rows
-  of what samples, where a tree and an equal share for every chip still fit in. Last, chips are
-  moved from rows to heads and channels (mesh.tensor), which lets rows be halved again.
+  Parameters and moments are shared out over all chips (mesh.fsdp). The rows of that program are
+  halved: train.micro_batch_rows of an update, rollout.rows of what samples. An update computes
+  its layers again instead of keeping them (train.remat). Last, chips are moved from rows to
+  heads and channels (mesh.tensor), which lets rows be halved again.
   """
   config, mesh = plan.config, plan.mesh
-  chips = mesh["data"] * mesh["fsdp"] * mesh["tensor"]
   if mesh["data"] > 1:
-    return {"mesh.data": 1, "mesh.fsdp": chips // mesh["tensor"]}
+    return {"mesh.data": 1, "mesh.fsdp": mesh["data"] * mesh["fsdp"]}
   key = plan.worst.program.setting
-  fewer = _fewer_rows(config, key, mesh["fsdp"])
-  if fewer is not None:
-    return {key: fewer}
-  if mesh["fsdp"] % 2 == 0:
-    change = {"mesh.fsdp": mesh["fsdp"] // 2, "mesh.tensor": mesh["tensor"] * 2}
-    return {**change, **_halved(config, key, mesh["fsdp"] // 2)}
+  fewer = _halved(config, key, mesh["fsdp"])
+  if fewer:
+    return fewer
+  if key != "rollout.rows" and (remat := remat_of(config)) != REMAT[-1]:
+    return {"train.remat": REMAT[REMAT.index(remat) + 1]}
+  for more in range(2, mesh["fsdp"] + 1):
+    if mesh["fsdp"] % more == 0:
+      shards = mesh["fsdp"] // more
+      return {
+        "mesh.fsdp": shards, "mesh.tensor": mesh["tensor"] * more,
+        **_halved(config, key, shards),
+      }  # fmt: skip
   return None
 
 
-def _halved(config: Config, key: str, shards: int) -> dict[str, int]:
-  fewer = _fewer_rows(config, key, shards)
-  return {} if fewer is None else {key: fewer}
-
-
-def _fewer_rows(config: Config, key: str, shards: int) -> int | None:
-  """The largest allowed number of rows that is at most half of it."""
-  section, name = key.split(".")
-  now = getattr(getattr(config, section), name) or config.sft.batch_rows
-  for rows in range(now // 2 // shards * shards, 0, -shards):
-    try:
-      validate(with_settings(config, {key: rows}))
-    except ConfigError:
+def share_out(config: Config, chips: int) -> Settings | None:
+  """The nearest settings whose rows make an equal share for every chip, with the fewest chips
+  on the tensor axis; parameters are shared out as well."""
+  for tensor in range(1, chips + 1):
+    if chips % tensor:
       continue
-    return rows
+    change: Settings = {"mesh.data": 1, "mesh.fsdp": chips // tensor, "mesh.tensor": tensor}
+    for key in _row_keys(config):
+      allowed, now = _allowed_rows(config, key, chips // tensor), _rows(config, key)
+      if not allowed:
+        break
+      nearest = min((rows for rows in allowed if rows >= now), default=max(allowed))
+      change |= {key: nearest} if nearest != now else {}
+    else:
+      return change
   return None
+
+
+def _row_keys(config: Config) -> list[str]:
+  warm_start = ["sft.micro_batch_rows"] if config.sft.max_steps else []
+  return ["rollout.rows", "train.micro_batch_rows", *warm_start]
+
+
+def _rows(config: Config, key: str) -> int:
+  section, name = key.split(".")
+  return getattr(getattr(config, section), name) or config.sft.batch_rows
+
+
+def _halved(config: Config, key: str, shards: int) -> Settings:
+  """The largest allowed number of rows that is at most half of it, or nothing."""
+  fewer = [x for x in _allowed_rows(config, key, shards) if x <= _rows(config, key) // 2]
+  return {key: max(fewer)} if fewer else {}
+
+
+def _allowed_rows(config: Config, key: str, shards: int) -> list[int]:
+  """Row counts that make an equal share for every one of `shards` groups of chips.
+
+  Micro-batches divide their batch. Rollouts hold whole questions, as many as make equal shares
+  themselves if any number does: rows beyond them would be computed by every chip.
+  """
+  if key != "rollout.rows":
+    batch = config.train.batch_rows if key.startswith("train.") else config.sft.batch_rows
+    return [rows for rows in range(shards, batch + 1, shards) if batch % rows == 0]
+  of_one = config.leaves if config.algorithm == "tree" else config.rollout.samples
+  held = [count * of_one for count in range(1, config.rollout.questions + 1)]
+  even = [rows for rows in held if rows % shards == 0]
+  return even or sorted({-(-rows // shards) * shards for rows in held})

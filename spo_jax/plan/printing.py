@@ -9,6 +9,7 @@ from rich.table import Table
 
 from spo_jax.plan.chips import GIB
 from spo_jax.plan.fitting import Plan
+from spo_jax.plan.programs import remat_of
 
 _ROLLOUT = ("prefill", "grow", "continue", "score")
 
@@ -21,11 +22,12 @@ def plan_json(plan: Plan) -> dict[str, Any]:
       "rollout.rows": plan.config.rollout.rows,
       "train.micro_batch_rows": plan.config.train.micro_batch_rows,
     },
+    "remat": remat_of(plan.config),
     "programs": lines,
     "peak": plan.worst.peak,
     "largest": plan.worst.program.name,
     "fits": plan.fits,
-    "iteration": _iteration(lines),
+    "iteration": _iteration(lines) if plan.whole else None,
   }
 
 
@@ -58,13 +60,12 @@ def show(result: dict[str, Any]) -> None:
     f"{result['chips']} x {result['device']} ({result['topology']}), {model['parameters']:,} "
     f"parameters in {model['layers']} layers ({model['source']})"
   )
-  _show_plan(console, "As configured", result["as_configured"])
-  limit = result["limit"]
-  if limit is None:
-    print("No memory limit is known for these devices; give --hbm.")
-  else:
+  limit, search = result["limit"], result["search"]
+  if result["as_configured"]:
+    _show_plan(console, "As configured", result["as_configured"])
     _say_fit(result["as_configured"], limit)
-  search = result["search"]
+  else:
+    print(f"does not fit: {result['cannot_run']}")
   if search is None:
     return
   settings = " ".join(f"{key}={value}" for key, value in search["settings"].items())
@@ -77,7 +78,10 @@ def show(result: dict[str, Any]) -> None:
   print(f"To make it fit: --set {settings}")
 
 
-def _say_fit(plan: dict[str, Any], limit: int) -> None:
+def _say_fit(plan: dict[str, Any], limit: int | None) -> None:
+  if limit is None:
+    print("No memory limit is known for these devices; give --hbm.")
+    return
   verdict = "fits" if plan["fits"] else "does not fit"
   print(f"{verdict}: {plan['largest']} takes {plan['peak'] / GIB:.2f} of {limit / GIB:.2f} GiB "
         "per chip")  # fmt: skip

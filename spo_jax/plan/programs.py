@@ -24,7 +24,11 @@ from spo_jax.update import (
   supervised_update,
 )
 
-STATE = ("parameters", "optimiser", "reference")
+REMAT = ("none", "dots", "layer")  # of train.remat, from what computes least again
+
+
+def remat_of(config: Config) -> str:
+  return str(getattr(config.train, "remat", "none"))
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Program:
   cost: costs.Cost  # of one call
   calls: float  # per iteration, at most
   tokens: int  # of one call, on all chips: prefilled, decoded or trained on, at most
-  turns: int  # of the loop that runs until the data says stop
+  turns: tuple[int, ...]  # of loops that run until the data says stop, outermost first
   setting: str  # the row count that its memory follows
   held: dict[str, int]  # bytes by what they hold, inside the program or beside it
   beside: int  # bytes that stay on the chip and are no argument
@@ -159,7 +163,7 @@ class Programs:
 
     return Program(
       name, lower, costs.prefill(self.model_config, prompts, width, self.split), calls,
-      prompts * width, 1, "rollout.rows",
+      prompts * width, (), "rollout.rows",
       {**self.held, "kv_cache": self._cache_bytes(prompts)}, self._beside(),
     )  # fmt: skip
 
@@ -181,7 +185,7 @@ class Programs:
     slots = self.config.row_tokens
     return Program(
       name, lower, costs.decode(self.model_config, rows, slots, tokens, self.split), calls,
-      rows * tokens, tokens, "rollout.rows", {**self.held, "kv_cache": held}, self._beside(),
+      rows * tokens, (tokens,), "rollout.rows", {**self.held, "kv_cache": held}, self._beside(),
     )  # fmt: skip
 
   def _beside(self) -> int:
@@ -244,7 +248,7 @@ class Programs:
     return [
       Program(
         "score", lower, costs.score(self.model_config, rollout.rows, length, self.split),
-        -(-rows // rollout.rows), rollout.rows * length, 1, "rollout.rows",
+        -(-rows // rollout.rows), rollout.rows * length, (), "rollout.rows",
         {**self.held, "kv_cache": waiting}, self._beside() + waiting,
       )
     ]  # fmt: skip
@@ -278,7 +282,7 @@ class Programs:
       costs.update(
         self.model_config, self.count, micro_batches, micro, length, reference, self.split
       ),
-      train.epochs * -(-rows // train.batch_rows), train.batch_rows * length, micro_batches,
+      train.epochs * -(-rows // train.batch_rows), train.batch_rows * length, (micro_batches,),
       "train.micro_batch_rows", {**self.held, "kv_cache": 0}, 0,
     )  # fmt: skip
 
@@ -311,6 +315,6 @@ class Programs:
     return Program(
       "supervised update", lower,
       costs.update(self.model_config, self.count, micro_batches, micro, length, False, self.split),
-      0, sft.batch_rows * length, micro_batches, "sft.micro_batch_rows",
+      0, sft.batch_rows * length, (micro_batches,), "sft.micro_batch_rows",
       {**self.held, "reference": 0, "kv_cache": 0}, 0,
     )  # fmt: skip
