@@ -14,8 +14,9 @@ from spo_jax.config import Config, ConfigError, ModelConfig
 from spo_jax.experiment import check_rows
 from spo_jax.plan.chips import Chip
 from spo_jax.plan.compiling import Compiler, Measured
-from spo_jax.plan.programs import REMAT, Program, Programs, remat_of
+from spo_jax.plan.programs import Program, Programs
 
+REMAT = ("none", "dots", "layer")  # of train.remat, from what computes least again
 Settings = dict[str, int | str]  # "section.name" -> value
 
 RESERVED = 2**28  # bytes of a TPU's HBM that its runtime keeps: libtpu offers 15.75 GiB of 16
@@ -196,7 +197,7 @@ def next_change(plan: Plan) -> Settings | None:
   fewer = _halved(config, key, mesh["fsdp"])
   if fewer:
     return fewer
-  if key != "rollout.rows" and (remat := remat_of(config)) != REMAT[-1]:
+  if key != "rollout.rows" and (remat := config.train.remat) != REMAT[-1]:
     return {"train.remat": REMAT[REMAT.index(remat) + 1]}
   for more in range(2, mesh["fsdp"] + 1):
     if mesh["fsdp"] % more == 0:

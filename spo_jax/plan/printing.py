@@ -9,7 +9,6 @@ from rich.table import Table
 
 from spo_jax.plan.chips import GIB
 from spo_jax.plan.fitting import Plan
-from spo_jax.plan.programs import remat_of
 
 _ROLLOUT = ("prefill", "grow", "continue", "score")
 
@@ -22,7 +21,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
       "rollout.rows": plan.config.rollout.rows,
       "train.micro_batch_rows": plan.config.train.micro_batch_rows,
     },
-    "remat": remat_of(plan.config),
+    "remat": plan.config.train.remat,
     "programs": lines,
     "peak": plan.worst.peak,
     "largest": plan.worst.program.name,

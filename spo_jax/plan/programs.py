@@ -24,11 +24,6 @@ from spo_jax.update import (
   supervised_update,
 )
 
-REMAT = ("none", "dots", "layer")  # of train.remat, from what computes least again
-
-
-def remat_of(config: Config) -> str:
-  return str(getattr(config.train, "remat", "none"))
 
 
 @dataclass(frozen=True)

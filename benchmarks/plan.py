@@ -1,0 +1,129 @@
+"""What the TPU compiler says of the published runs: the tables of docs/benchmarks.md.
+
+  python benchmarks/plan.py [--out runs/plan] [--only TEXT]
+
+Each row is one `python -m spo_jax.plan --json`, kept as a file in --out: what is there already is
+not compiled again, so an interrupted table goes on where it stopped. Needs spo_jax[tpu-plan], and
+minutes per row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+GIB = 2**30
+
+# Configuration, the shape in its model's place, chips of the tensor axis, and trees at once for
+# each part of the rows: 1/4 of a tree of 216 leaves is 54 rows.
+MODELS: dict[str, tuple[str, str | None, int, float]] = {
+  "Qwen-1.5B 2K": ("configs/qwen1.5b_math_tree.yaml", None, 1, 1 / 4),
+  "Qwen-1.5B 4K": ("configs/r1qwen1.5b_math_tree.yaml", None, 1, 1 / 8),
+  "Rho-1.1B 2K": ("configs/rho1b_gsm8k_tree.yaml", None, 1, 1 / 4),
+  "Qwen-7B 2K": ("configs/qwen1.5b_math_tree.yaml", "qwen2.5-7b", 4, 1 / 4),
+  "Qwen-32B 2K": ("configs/qwen1.5b_math_tree.yaml", "qwen2.5-32b", 8, 1 / 8),
+}
+TOPOLOGIES = ("v5e:4x4", "v5p:4x4x4", "v5e:16x16", "v6e:16x16")
+WEAK = ("v5e:2x4", "v5e:4x4", "v5e:8x8", "v5e:16x16")
+LEAVES = 216
+PROGRAMS = ("grow level 3", "update")
+
+
+def settings(chips: int, tensor: int, trees: float) -> list[str]:
+  """The same work for every chip: one training row at a time, 8 in a batch, and whole trees."""
+  parts = chips // tensor
+  even = math.lcm(LEAVES, parts)
+  rows = even * max(1, round(trees * parts * LEAVES / even))
+  return [
+    "mesh.data=1", "mesh.fsdp=-1", f"mesh.tensor={tensor}", "train.remat=layer",
+    f"train.micro_batch_rows={parts}", f"train.batch_rows={8 * parts}",
+    f"spo.edges_per_iteration={32 * parts}", f"rollout.rows={rows}",
+    f"rollout.questions={rows // LEAVES}",
+  ]  # fmt: skip
+
+
+def rows_of_tables() -> list[tuple[str, str, str]]:
+  """(table, model, topology), the most wanted first."""
+  weak = [("weak", "Qwen-1.5B 2K", topology) for topology in WEAK]
+  return weak + [("models", model, topology) for topology in TOPOLOGIES for model in MODELS]
+
+
+def chips_of(topology: str) -> int:
+  return math.prod(map(int, topology.split(":")[1].split("x")))
+
+
+def command(model: str, topology: str) -> list[str]:
+  config, shape, tensor, trees = MODELS[model]
+  return [
+    sys.executable, "-m", "spo_jax.plan", "--config", config, "--topology", topology, "--json",
+    "--no-search", *(["--model-config", shape] if shape else []), "--only", *PROGRAMS,
+    "--set", *settings(chips_of(topology), tensor, trees),
+  ]  # fmt: skip
+
+
+def measure(model: str, topology: str, out: Path) -> dict[str, Any] | None:
+  """The plan of one row, from its file or the compiler; None and a file.err where it failed."""
+  file = out / f"{model} {topology}.json".replace(" ", "_").replace(":", "-")
+  if not file.exists():
+    print(f"{model} on {topology}", file=sys.stderr, flush=True)
+    with file.with_suffix(".err").open("w") as errors:
+      done = subprocess.run(
+        command(model, topology), stdout=subprocess.PIPE, stderr=errors, text=True
+      )
+    if done.returncode not in (0, 3):
+      return None
+    file.write_text(done.stdout)
+  return json.loads(file.read_text())
+
+
+def row(model: str, topology: str, result: dict[str, Any]) -> str:
+  plan = result["as_configured"]
+  grow, update = plan["programs"]
+
+  def cells(program: dict[str, Any], size: str) -> list[str]:
+    sent, seconds = program["collective_bytes"], program["seconds"]
+    most = max(sent, key=lambda kind: sent[kind]) if any(sent.values()) else "-"
+    peak = f"{program['bytes']['peak'] / GIB:.1f}"
+    return [
+      f"> {peak}" if program["refused_by_compiler"] else peak,
+      f"{program['bytes'][size] / GIB:.1f}", f"{sum(sent.values()) / 1e9:.1f} ({most})",
+      f"{seconds['roofline']:.2f} ({program['bound']})", f"{program['tokens_per_second']:,.0f}",
+    ]  # fmt: skip
+
+  state = sum(update["bytes"][name] for name in ("parameters", "optimiser", "reference"))
+  return "| " + " | ".join([
+    model, topology, str(result["chips"]), f"{state / GIB:.2f}", *cells(grow, "kv_cache"),
+    *cells(update, "temporaries"), "yes" if result["fits"] else "no",
+  ]) + " |"  # fmt: skip
+
+
+HEADING = (
+  "| model, rows | slice | chips | state | grow: peak | cache | GB sent | s | tokens/s "
+  "| update: peak | temporaries | GB sent | s | tokens/s | fits |\n" + "|---" * 15 + "|"
+)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser.add_argument("--out", type=Path, default=Path("runs/plan"))
+  parser.add_argument("--only", default="", help="rows whose table, model or slice has this text")
+  options = parser.parse_args()
+  options.out.mkdir(parents=True, exist_ok=True)
+  tables: dict[str, list[str]] = {}
+  for table, model, topology in rows_of_tables():
+    if options.only in f"{table} {model} {topology}":
+      result = measure(model, topology, options.out)
+      text = row(model, topology, result) if result else f"| {model} | {topology} | failed |"
+      tables.setdefault(table, []).append(text)
+      print(text, file=sys.stderr, flush=True)
+  for name, lines in tables.items():
+    print(f"\n{name}\n\n{HEADING}", *lines, sep="\n")
+
+
+if __name__ == "__main__":
+  main()
