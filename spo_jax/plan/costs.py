@@ -52,22 +52,30 @@ def item_bytes(c: ModelConfig) -> int:
 
 
 def forward(c: ModelConfig, rows: int, length: int, split: Split) -> Cost:
-  """Full forward of i32[rows, length] to hidden states.
+  """Full forward of i32[rows, length] to hidden states: projections and `attention`.
 
-    FLOPs = tokens * layers * (2 W + 4 N H length)
+    FLOPs = tokens * layers * 2 W
 
-  Bytes: weights once; per token and layer 2 (6 E + (2 N + 2 K) H + 3 F) elements of activations,
-  and per score 2 * 4 bytes in float32 and 2 in the compute dtype.
+  Bytes: weights once; per token and layer 2 (6 E + (2 N + 2 K) H + 3 F) elements of activations.
   """
   width, item = head_width(c), item_bytes(c)
   tokens = split.rows_per_chip(rows) * length
-  pairs = tokens * length * c.num_heads
-  flops = c.num_layers * (2 * layer_weights(c) * tokens + 4 * pairs * width) / split.tensor
   inside = (2 * c.num_heads + 2 * c.num_kv_heads) * width + 3 * c.intermediate_size
   activations = 2 * item * tokens * (6 * c.hidden_size + inside / split.tensor)
-  scores = 2 * (MASTER_BYTES + item) * pairs / split.tensor
   weights = item * layer_weights(c) / split.tensor
-  return Cost(flops, c.num_layers * (weights + activations + scores))
+  layer = Cost(2 * layer_weights(c) * tokens / split.tensor, weights + activations)
+  return layer * c.num_layers + attention(c, rows, length, split)
+
+
+def attention(c: ModelConfig, rows: int, length: int, split: Split) -> Cost:
+  """Both products with every pair of slots of a row.
+
+    FLOPs = layers * rows * length^2 * 4 N H
+
+  Bytes: each score is written and read in float32 and once more in the compute dtype.
+  """
+  pairs = split.rows_per_chip(rows) * length**2 * c.num_heads / split.tensor
+  return Cost(4 * pairs * head_width(c), 2 * (MASTER_BYTES + item_bytes(c)) * pairs) * c.num_layers
 
 
 def head(c: ModelConfig, rows: int, length: int, split: Split) -> Cost:
@@ -101,16 +109,18 @@ def decode(c: ModelConfig, rows: int, slots: int, steps: int, split: Split) -> C
 
 def update(
   c: ModelConfig, parameters: int, micro_batches: int, rows: int, length: int, reference: bool,
-  split: Split,
+  remat: str, split: Split,
 ) -> Cost:  # fmt: skip
   """Gradients over micro-batches of i32[rows, length], one step of AdamW.
 
-  A backward pass is two forwards; the head is computed once more in it, because its logits are
-  not kept. The gradient is written, added to the sum and read (4 bytes, 4 times); the step reads
-  parameter, gradient and both moments and writes all but the gradient.
+  A backward pass is two forwards, and what `remat` computes again: all of the layers, or their
+  attention alone. The head is computed once more as well, because its logits are not kept. The
+  gradient is written, added to the sum and read (4 bytes, 4 times); the step reads parameter,
+  gradient and both moments and writes all but the gradient.
   """
   body, logits = forward(c, rows, length, split), head(c, rows, length, split)
-  one = body * 3 + logits * 4
+  again = {"none": Cost(), "dots": attention(c, rows, length, split), "layer": body}[remat]
+  one = body * 3 + again + logits * 4
   if reference:
     one += body + logits
   own = MASTER_BYTES * parameters / split.parameters

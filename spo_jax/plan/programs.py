@@ -25,7 +25,6 @@ from spo_jax.update import (
 )
 
 
-
 @dataclass(frozen=True)
 class Program:
   """One compiled program; bytes are those of one chip, and of the whole model."""
@@ -275,7 +274,8 @@ class Programs:
     return Program(
       "update", lower,
       costs.update(
-        self.model_config, self.count, micro_batches, micro, length, reference, self.split
+        self.model_config, self.count, micro_batches, micro, length, reference, train.remat,
+        self.split,
       ),
       train.epochs * -(-rows // train.batch_rows), train.batch_rows * length, (micro_batches,),
       "train.micro_batch_rows", {**self.held, "kv_cache": 0}, 0,
@@ -303,13 +303,16 @@ class Programs:
       shape = (sft.batch_rows, length)
       return supervised_update.lower(
         shapes.model_config, optimizer, state, _host(shape), _host(shape, bool),
-        _host(shape, bool), micro_rows=micro,
+        _host(shape, bool), micro_rows=micro, remat=config.train.remat,
       )  # fmt: skip
 
     micro_batches = sft.batch_rows // micro
     return Program(
       "supervised update", lower,
-      costs.update(self.model_config, self.count, micro_batches, micro, length, False, self.split),
+      costs.update(
+        self.model_config, self.count, micro_batches, micro, length, False, config.train.remat,
+        self.split,
+      ),
       0, sft.batch_rows * length, (micro_batches,), "sft.micro_batch_rows",
       {**self.held, "reference": 0, "kv_cache": 0}, 0,
     )  # fmt: skip
