@@ -19,6 +19,7 @@ from spo_jax.plan.programs import Program, Programs
 REMAT = ("none", "dots", "layer")  # of train.remat, from what computes least again
 Settings = dict[str, int | str]  # "section.name" -> value
 
+CLOSE = 0.15  # of the limit: how far extrapolated peaks were off, see docs/benchmarks.md
 RESERVED = 2**28  # bytes of a TPU's HBM that its runtime keeps: libtpu offers 15.75 GiB of 16
 
 
@@ -86,6 +87,14 @@ class Plan:
   @property
   def fits(self) -> bool:
     return self.limit is None or self.worst.peak <= self.limit
+
+  @property
+  def is_close(self) -> bool:
+    """Whether an extrapolated peak is so near the limit that only all layers can tell."""
+    return self.limit is not None and any(
+      len(line.measured.compiled) > 1 and abs(line.peak / self.limit - 1) < CLOSE
+      for line in self.lines
+    )
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     "peak": plan.worst.peak,
     "largest": plan.worst.program.name,
     "fits": plan.fits,
+    "close": plan.is_close,
     "iteration": _iteration(lines) if plan.whole else None,
   }
 
@@ -84,6 +85,8 @@ def _say_fit(plan: dict[str, Any], limit: int | None) -> None:
   verdict = "fits" if plan["fits"] else "does not fit"
   print(f"{verdict}: {plan['largest']} takes {plan['peak'] / GIB:.2f} of {limit / GIB:.2f} GiB "
         "per chip")  # fmt: skip
+  if plan["close"]:
+    print("A program is so close to the limit that only --exact, which compiles all layers, tells.")
 
 
 def _show_plan(console: Console, title: str, plan: dict[str, Any]) -> None:
