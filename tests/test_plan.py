@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from spo_jax.config import Config, ConfigError, MeshConfig, ModelConfig, load
+from spo_jax.config import (
+  Config,
+  ConfigError,
+  MeshConfig,
+  ModelConfig,
+  RolloutMeshConfig,
+  load,
+)
 from spo_jax.model import count_params
 from spo_jax.plan import costs
 from spo_jax.plan.chips import CHIPS, parse_topology
@@ -74,12 +81,16 @@ def test_work_is_shared_out_by_rows_and_by_heads():
   assert costs.score(SMALL, 4, 10, Split(rows=4)).flops == whole / 4
   assert costs.score(SMALL, 4, 10, Split(rows=2, tensor=2)).flops == whole / 4
   assert costs.score(SMALL, 4, 10, Split(rows=3)).flops == whole  # as sharding.py lays them out
+  fused, plain = (costs.forward(SMALL, 4, 10, Split(fused=fused)) for fused in (True, False))
+  assert plain.flops - fused.flops == 3 * 2 * 400 * 2 * 4  # half of the pairs of 2 heads
+  assert plain.bytes - fused.bytes == 3 * 16 * 800  # and none of their scores
   sharded = costs.update(SMALL, 1000, 1, 4, 10, False, "none", Split(parameters=4)).bytes
   alone = costs.update(SMALL, 1000, 1, 4, 10, False, "none", Split()).bytes
   assert alone - sharded == 0.75 * 1000 * (16 + 28)
 
 
 def test_built_in_shapes_have_the_published_number_of_parameters():
+  """Counted with 1 and 2 layers: all the others are like the second."""
   published = {
     "rho-1.1b": 1_100_048_384,
     "qwen2.5-0.5b": 494_032_768,
@@ -89,7 +100,12 @@ def test_built_in_shapes_have_the_published_number_of_parameters():
     "qwen2.5-7b": 7_615_616_512,
     "qwen2.5-32b": 32_763_876_352,
   }
-  assert {name: count_params(shape) for name, shape in SHAPES.items()} == published
+
+  def parameters(shape):
+    one, two = (count_params(dataclasses.replace(shape, num_layers=n)) for n in (1, 2))
+    return one + (shape.num_layers - 1) * (two - one)
+
+  assert {name: parameters(shape) for name, shape in SHAPES.items()} == published
 
 
 def test_every_shipped_config_has_a_shape_without_the_hub():
@@ -159,7 +175,7 @@ HLO = """HloModule jit_f, is_scheduled=true
 
 %outer_body (q: (s32[], f32[8])) -> (s32[], f32[8]) {
   %q = (s32[], f32[8]{0}) parameter(0)
-  %inner = (s32[], f32[8]{0}) while(%q), condition=%inner_cond, body=%inner_body
+  %inner = (s32[], f32[8]{0}) while(%q), condition=%inner_cond, body=%inner_body, metadata={op_name="jit(f)/while/body/while"}
   %y = f32[8]{0} get-tuple-element(%inner), index=1
   %start = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%y), channel_id=2, source_target_pairs={{0,1},{1,0}}
   %done = f32[8]{0} collective-permute-done(%start)
@@ -182,7 +198,7 @@ HLO = """HloModule jit_f, is_scheduled=true
 ENTRY %main (a: (s32[], f32[8]), b: f32[16]) -> f32[16] {
   %a = (s32[], f32[8]{0}) parameter(0)
   %b = f32[16]{0} parameter(1)
-  %loop = (s32[], f32[8]{0}) while(%a), condition=%outer_cond, body=%outer_body
+  %loop = (s32[], f32[8]{0}) while(%a), condition=%outer_cond, body=%outer_body, metadata={op_name="jit(f)/while"}
   %first = f32[16]{0} fusion(%b), kind=kCustom, calls=%phase
   %second = f32[16]{0} fusion(%first), kind=kCustom, calls=%phase
   %scattered = f32[4]{0} reduce-scatter(%second), channel_id=4, replica_groups=mesh['x'=2,'y'=4] {'y'}, dimensions={0}
@@ -193,7 +209,7 @@ ENTRY %main (a: (s32[], f32[8]), b: f32[16]) -> f32[16] {
 
 def test_collective_bytes_by_hand():
   """The outer loop is told to run 5 times; the inner one counts 0, 2, 4."""
-  assert collective_bytes(HLO, (5,)) == {
+  assert collective_bytes(HLO, {"f./while$": 5, "while": 9}) == {
     "all-gather": 5 * 3 * 64 * 3 / 4,
     "collective-permute": 5 * 32,
     "all-reduce": 2 * 64 * 3 / 4,  # two phases of one transfer
@@ -206,14 +222,15 @@ def test_turns_that_the_program_states_are_believed():
   stated = HLO.replace(
     "body=%outer_body", 'body=%outer_body, backend_config={"known_trip_count":{"n":"7"}}'
   )
-  assert collective_bytes(stated, (5,))["collective-permute"] == 7 * 32
+  assert collective_bytes(stated, {"while": 5})["collective-permute"] == 7 * 32
 
 
 def test_loops_inside_loops_are_told_their_own_turns():
   known, unknown = "%bound = s32[] constant(6)", "%bound = s32[] get-tuple-element(%p.1), index=0"
   unknown = HLO.replace(known, unknown)
-  assert collective_bytes(unknown, (5, 2))["all-gather"] == 5 * 2 * 64 * 3 / 4
-  assert collective_bytes(unknown, (5,))["all-gather"] == 5 * 64 * 3 / 4
+  told = {"body/while$": 2, "while$": 5}
+  assert collective_bytes(unknown, told)["all-gather"] == 5 * 2 * 64 * 3 / 4
+  assert collective_bytes(unknown, {"f./while$": 5})["all-gather"] == 5 * 64 * 3 / 4
 
 
 def test_a_text_that_is_no_program_is_refused():
@@ -223,7 +240,7 @@ def test_a_text_that_is_no_program_is_refused():
 
 def line(peak, setting="train.micro_batch_rows", **changes):
   program = Program(
-    "update", lambda layers: None, costs.Cost(2e12, 3e9), 1, 100, (), setting, {}, 0
+    "update", lambda layers: None, costs.Cost(2e12, 3e9), 1, 100, {}, setting, {}, 0
   )  # fmt: skip
   return Line(dataclasses.replace(program, **changes), Measured(peak), CHIPS["v5e"])
 
@@ -248,10 +265,24 @@ def test_rows_of_the_largest_program_are_halved():
   assert next_change(plan_of(CONFIG, (1, 8, 1), update, grow)) == {"rollout.rows": 128}
 
 
-def test_rows_stay_whole_trees_that_make_equal_shares():
-  """Trees of 20 leaves on 8 chips: 2 of them are 40 rows."""
+def test_rows_hold_whole_trees_in_equal_shares():
+  """Trees of 20 leaves on 8 chips: one takes 24 rows, two take 40."""
+  rollouts = line(101, "rollout.rows")
   tree = with_settings(TREE, {"rollout.rows": 88})
-  assert next_change(plan_of(tree, (1, 8, 1), line(101, "rollout.rows"))) == {"rollout.rows": 40}
+  assert next_change(plan_of(tree, (1, 8, 1), rollouts)) == {"rollout.rows": 40}
+  assert next_change(plan_of(with_settings(tree, {"rollout.rows": 56}), (1, 8, 1), rollouts)) == {
+    "rollout.rows": 24
+  }
+
+
+def test_rollouts_share_out_rows_on_their_own_mesh():
+  own = dataclasses.replace(TREE.rollout, rows=88, mesh=RolloutMeshConfig(-1, 1, 4))
+  tree = dataclasses.replace(TREE, rollout=own)
+  rollouts = line(101, "rollout.rows")
+  assert next_change(plan_of(tree, (1, 8, 1), rollouts)) == {"rollout.rows": 40}
+  assert next_change(plan_of(with_settings(tree, {"rollout.rows": 40}), (1, 8, 1), rollouts)) == {
+    "rollout.rows": 20
+  }
 
 
 def test_layers_are_computed_again_once_rows_cannot_be_fewer():
@@ -267,9 +298,9 @@ def test_chips_move_to_the_tensor_axis_until_none_is_left():
   assert next_change(plan_of(least, (1, 8, 1), line(101))) == {
     "mesh.fsdp": 4, "mesh.tensor": 2, "train.micro_batch_rows": 4,
   }  # fmt: skip
-  rollouts = with_settings(TREE, {"rollout.rows": 40})
+  rollouts = with_settings(TREE, {"rollout.rows": 24})
   change = next_change(plan_of(rollouts, (1, 8, 1), line(101, "rollout.rows")))
-  assert change == {"mesh.fsdp": 4, "mesh.tensor": 2, "rollout.rows": 20}
+  assert change == {"mesh.fsdp": 4, "mesh.tensor": 2}
   one = with_settings(least, {"train.micro_batch_rows": 1})
   assert next_change(plan_of(one, (1, 1, 8), line(101))) is None
 
@@ -277,12 +308,12 @@ def test_chips_move_to_the_tensor_axis_until_none_is_left():
 def test_rows_that_chips_cannot_share_out_are_moved_to_the_nearest_that_they_can():
   published = load(ROOT / "configs" / "qwen1.5b_math_tree.yaml")  # 216 rows, 8 of a micro-batch
   assert share_out(published, 16) == {
-    "mesh.data": 1, "mesh.fsdp": 16, "mesh.tensor": 1, "rollout.rows": 432,
+    "mesh.data": 1, "mesh.fsdp": 16, "mesh.tensor": 1, "rollout.rows": 224,
     "train.micro_batch_rows": 16,
   }  # fmt: skip
   # Batches of 128 rows have no share for each of 256 chips.
   assert share_out(published, 256) == {
-    "mesh.data": 1, "mesh.fsdp": 128, "mesh.tensor": 2, "rollout.rows": 3456,
+    "mesh.data": 1, "mesh.fsdp": 128, "mesh.tensor": 2, "rollout.rows": 256,
     "train.micro_batch_rows": 128,
   }  # fmt: skip
 

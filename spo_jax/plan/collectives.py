@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -39,7 +39,7 @@ class _Computation:
   root: str = ""
 
 
-def collective_bytes(hlo: str, turns: Sequence[int] = ()) -> dict[str, float]:
+def collective_bytes(hlo: str, turns: Mapping[str, int] | None = None) -> dict[str, float]:
   """Bytes sent per chip and kind of collective.
 
   Of a ring of g chips each sends (g - 1)/g of an all-gather's result, of a reduce-scatter's or
@@ -47,13 +47,13 @@ def collective_bytes(hlo: str, turns: Sequence[int] = ()) -> dict[str, float]:
 
   Args:
     hlo: `compiled.as_text()`.
-    turns: how often loops run whose number of turns is not in the program: those that are in no
-      such loop, those inside them, and so on; 1 from where it ends.
+    turns: how often loops run whose number of turns is not in the program, by a pattern that is
+      searched in the `op_name` that JAX gave them; once where none is found.
   """
   computations, entry = _parse(hlo)
   counted: dict[str, tuple[str, float]] = {}
 
-  def visit(name: str, times: float, depth: int) -> None:
+  def visit(name: str, times: float) -> None:
     for instruction in computations[name].instructions.values():
       kind = instruction.kind
       base = kind.removesuffix("-start")
@@ -66,17 +66,15 @@ def collective_bytes(hlo: str, turns: Sequence[int] = ()) -> dict[str, float]:
           counted[key] = base, sent
       if kind.endswith(("-done", "-update")):
         continue  # their computation is that of their -start
-      inner, inner_depth = times, depth
+      inner = times
       if kind == "while":
         known = _known_turns(computations, instruction)
-        if known is None:
-          known, inner_depth = turns[depth] if depth < len(turns) else 1, depth + 1
-        inner *= known
+        inner *= _told_turns(instruction, turns or {}) if known is None else known
       for called in _called(instruction):
         if called in computations:
-          visit(called, inner, inner_depth)
+          visit(called, inner)
 
-  visit(entry, 1.0, 0)
+  visit(entry, 1.0)
   sums: dict[str, float] = defaultdict(float)
   for kind, sent in counted.values():
     sums[kind] += sent
@@ -130,6 +128,12 @@ def _called(instruction: _Instruction) -> list[str]:
   for branches in _BRANCHES.findall(instruction.attributes):
     called += [name.strip().lstrip("%") for name in branches.split(",")]
   return called
+
+
+def _told_turns(loop: _Instruction, turns: Mapping[str, int]) -> int:
+  named = re.search(r'op_name="([^"]*)"', loop.attributes)
+  found = [count for pattern, count in turns.items() if named and re.search(pattern, named[1])]
+  return found[0] if found else 1
 
 
 def _known_turns(computations: dict[str, _Computation], loop: _Instruction) -> int | None:

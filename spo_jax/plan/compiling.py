@@ -8,7 +8,7 @@ import importlib.util
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,7 +94,7 @@ class Compiler:
     return self._known[key]
 
 
-def _compiled(lowered: Any, layers: int, turns: Sequence[int]) -> Measured:
+def _compiled(lowered: Any, layers: int, turns: Mapping[str, int]) -> Measured:
   started = time.perf_counter()
   try:
     compiled = lowered.compile()

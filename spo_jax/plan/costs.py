@@ -1,8 +1,9 @@
 """FLOPs and bytes of one call by formula, per chip: the compiler counts loop bodies once.
 
-FLOPs are those that the programs do, padding included: attention scores every pair of a row's
-slots, whether masked or not. Bytes between HBM and the chip are a lower bound: each array that
-must be in HBM is written and read once per use, as if everything else were fused.
+FLOPs are those that the programs do at most: rows are at their longest, and every token of a row
+is trained on (the head looks at those of the probability mask alone). Bytes between HBM and the
+chip are a lower bound: each array that must be in HBM is written and read once per use, as if
+everything else were fused.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ class Cost:
 
 @dataclass(frozen=True)
 class Split:
-  """How work is shared out: chips among which rows are, and among which heads and channels are."""
+  """How work is shared out: chips among which rows are, and among which heads and channels are;
+  and whether a kernel keeps scores of attention on the chip and skips what is masked."""
 
   rows: int = 1  # mesh.data * mesh.fsdp
   parameters: int = 1  # mesh.fsdp * mesh.tensor
   tensor: int = 1
+  fused: bool = False
 
   def rows_per_chip(self, rows: int) -> int:
     """Rows that do not divide are computed by every chip, as sharding.py lays them out."""
@@ -68,13 +71,16 @@ def forward(c: ModelConfig, rows: int, length: int, split: Split) -> Cost:
 
 
 def attention(c: ModelConfig, rows: int, length: int, split: Split) -> Cost:
-  """Both products with every pair of slots of a row.
+  """Both products with every pair of slots of a row, or with the half of them that is seen.
 
     FLOPs = layers * rows * length^2 * 4 N H
 
-  Bytes: each score is written and read in float32 and once more in the compute dtype.
+  Bytes: each score is written and read in float32 and once more in the compute dtype, unless
+  it stays on the chip.
   """
   pairs = split.rows_per_chip(rows) * length**2 * c.num_heads / split.tensor
+  if split.fused:
+    return Cost(2 * pairs * head_width(c)) * c.num_layers
   return Cost(4 * pairs * head_width(c), 2 * (MASTER_BYTES + item_bytes(c)) * pairs) * c.num_layers
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -135,19 +136,19 @@ class Planner:
       the mesh, or `only` names no program.
     """
     mesh = sharding.make_mesh(config.mesh, self.devices)
+    rollout_mesh = sharding.make_rollout_mesh(config.rollout.mesh, mesh)
     try:
-      check_rows(config, mesh, training=True)
+      check_rows(config, mesh, rollout_mesh, training=True)
     except ConfigError as error:
       raise NotShared(str(error)) from error
-    with jax.set_mesh(mesh):
-      programs = Programs(config, self.model_config, mesh).listed()
-      count, programs = len(programs), self._chosen(programs)
-      measured: dict[str, Line] = {}
-      for program in sorted(programs, key=lambda program: program.name != first):
-        taken = self.compiler.measure(program, self.model_config.num_layers)
-        line = measured[program.name] = Line(program, taken, self.chip)
-        if stop and not Plan(config, [line], {}, self.limit).fits:
-          break
+    programs = Programs(config, self.model_config, mesh, rollout_mesh).listed()
+    count, programs = len(programs), self._chosen(programs)
+    measured: dict[str, Line] = {}
+    for program in sorted(programs, key=lambda program: program.name != first):
+      taken = self.compiler.measure(program, self.model_config.num_layers)
+      line = measured[program.name] = Line(program, taken, self.chip)
+      if stop and not Plan(config, [line], {}, self.limit).fits:
+        break
     lines = [measured[program.name] for program in programs if program.name in measured]
     return Plan(config, lines, dict(mesh.shape), self.limit, len(lines) == count)
 
@@ -203,18 +204,17 @@ def next_change(plan: Plan) -> Settings | None:
   if mesh["data"] > 1:
     return {"mesh.data": 1, "mesh.fsdp": mesh["data"] * mesh["fsdp"]}
   key = plan.worst.program.setting
-  fewer = _halved(config, key, mesh["fsdp"])
+  fewer = _halved(config, key, mesh)
   if fewer:
     return fewer
   if key != "rollout.rows" and (remat := config.train.remat) != REMAT[-1]:
     return {"train.remat": REMAT[REMAT.index(remat) + 1]}
   for more in range(2, mesh["fsdp"] + 1):
     if mesh["fsdp"] % more == 0:
-      shards = mesh["fsdp"] // more
+      moved = mesh | {"fsdp": mesh["fsdp"] // more, "tensor": mesh["tensor"] * more}
       return {
-        "mesh.fsdp": shards, "mesh.tensor": mesh["tensor"] * more,
-        **_halved(config, key, shards),
-      }  # fmt: skip
+        "mesh.fsdp": moved["fsdp"], "mesh.tensor": moved["tensor"], **_halved(config, key, moved)
+      }
   return None
 
 
@@ -224,9 +224,10 @@ def share_out(config: Config, chips: int) -> Settings | None:
   for tensor in range(1, chips + 1):
     if chips % tensor:
       continue
-    change: Settings = {"mesh.data": 1, "mesh.fsdp": chips // tensor, "mesh.tensor": tensor}
+    mesh = {"data": 1, "fsdp": chips // tensor, "tensor": tensor}
+    change: Settings = {f"mesh.{axis}": size for axis, size in mesh.items()}
     for key in _row_keys(config):
-      allowed, now = _allowed_rows(config, key, chips // tensor), _rows(config, key)
+      allowed, now = _allowed_rows(config, key, mesh), _rows(config, key)
       if not allowed:
         break
       nearest = min((rows for rows in allowed if rows >= now), default=max(allowed))
@@ -246,22 +247,30 @@ def _rows(config: Config, key: str) -> int:
   return getattr(getattr(config, section), name) or config.sft.batch_rows
 
 
-def _halved(config: Config, key: str, shards: int) -> Settings:
+def _halved(config: Config, key: str, mesh: dict[str, int]) -> Settings:
   """The largest allowed number of rows that is at most half of it, or nothing."""
-  fewer = [x for x in _allowed_rows(config, key, shards) if x <= _rows(config, key) // 2]
+  fewer = [x for x in _allowed_rows(config, key, mesh) if x <= _rows(config, key) // 2]
   return {key: max(fewer)} if fewer else {}
 
 
-def _allowed_rows(config: Config, key: str, shards: int) -> list[int]:
-  """Row counts that make an equal share for every one of `shards` groups of chips.
+def _allowed_rows(config: Config, key: str, mesh: dict[str, int]) -> list[int]:
+  """Row counts that make an equal share for every part of the rows on this mesh.
 
-  Micro-batches divide their batch. Rollouts hold whole questions, as many as make equal shares
-  themselves if any number does: rows beyond them would be computed by every chip.
+  Micro-batches divide their batch; rollouts hold whole questions.
   """
+  parts = _row_parts(config, key, mesh)
   if key != "rollout.rows":
     batch = config.train.batch_rows if key.startswith("train.") else config.sft.batch_rows
-    return [rows for rows in range(shards, batch + 1, shards) if batch % rows == 0]
+    return [rows for rows in range(parts, batch + 1, parts) if batch % rows == 0]
   of_one = config.leaves if config.algorithm == "tree" else config.rollout.samples
   held = [count * of_one for count in range(1, config.rollout.questions + 1)]
-  even = [rows for rows in held if rows % shards == 0]
-  return even or sorted({-(-rows // shards) * shards for rows in held})
+  return sorted({-(-rows // parts) * parts for rows in held})
+
+
+def _row_parts(config: Config, key: str, mesh: dict[str, int]) -> int:
+  if key != "rollout.rows":
+    return mesh["data"] * mesh["fsdp"]
+  own = {axis: getattr(config.rollout.mesh, axis) or size for axis, size in mesh.items()}
+  fixed = math.prod(size for size in own.values() if size != -1)
+  left = math.prod(mesh.values()) // fixed
+  return math.prod(left if own[axis] == -1 else own[axis] for axis in sharding.ROWS)

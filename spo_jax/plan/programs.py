@@ -9,11 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from spo_jax import model, sampler, sharding
+from spo_jax.attention import kernel_for
 from spo_jax.config import Config, ModelConfig, OptimizerConfig
+from spo_jax.layout import fill
 from spo_jax.plan import costs
 from spo_jax.structs import KVCache, Sampling, TrainRows
 from spo_jax.update import (
@@ -34,7 +37,7 @@ class Program:
   cost: costs.Cost  # of one call
   calls: float  # per iteration, at most
   tokens: int  # of one call, on all chips: prefilled, decoded or trained on, at most
-  turns: tuple[int, ...]  # of loops that run until the data says stop, outermost first
+  turns: dict[str, int]  # of loops that run until the data says stop, see collectives.py
   setting: str  # the row count that its memory follows
   held: dict[str, int]  # bytes by what they hold, inside the program or beside it
   beside: int  # bytes that stay on the chip and are no argument
@@ -97,23 +100,29 @@ def chip_bytes(tree: Any) -> int:
 
 
 class Programs:
-  """The programs of a run on a mesh; `listed` has them in the order in which they run."""
+  """The programs of a run on its meshes; `listed` has them in the order in which they run.
 
-  def __init__(self, config: Config, model_config: ModelConfig, mesh: Mesh):
-    self.config, self.model_config, self.mesh = config, model_config, mesh
-    self.split = costs.Split(
-      rows=sharding.row_shards(mesh),
-      parameters=mesh.shape["fsdp"] * mesh.shape["tensor"],
-      tensor=mesh.shape["tensor"],
-    )
-    shapes = Shapes(config, model_config, mesh)
-    state, _ = shapes.state(config.optimizer)
+  Args:
+    rollout_mesh: where rollouts run, over the same devices; parameters lie there once more
+      where it is another mesh.
+  """
+
+  def __init__(
+    self, config: Config, model_config: ModelConfig, mesh: Mesh, rollout_mesh: Mesh | None = None
+  ):
+    self.config, self.model_config = config, model_config
+    self.mesh, self.rollout_mesh = mesh, rollout_mesh or mesh
+    state, _ = self._shapes(model_config.num_layers, mesh).state(config.optimizer)
     parameters = chip_bytes(state.params)
     self.held = {
       "parameters": parameters,
       "optimiser": chip_bytes(state.opt_state),
       "reference": parameters if config.train.kl.coefficient else 0,
     }
+    self.copied = 0  # bytes of parameters for rollouts, where those have a mesh of their own
+    if self.rollout_mesh != mesh:
+      own = self._shapes(model_config.num_layers, self.rollout_mesh).params()
+      self.copied = chip_bytes(own)
     self.count = model.count_params(model_config)
 
   def listed(self) -> list[Program]:
@@ -122,12 +131,26 @@ class Programs:
       found = [self._warm_start(), *found]
     return found
 
-  def _shapes(self, layers: int) -> Shapes:
+  def _shapes(self, layers: int, mesh: Mesh) -> Shapes:
     small = dataclasses.replace(self.model_config, num_layers=layers)
-    return Shapes(self.config, small, self.mesh)
+    return Shapes(self.config, small, mesh)
+
+  def _split(self, mesh: Mesh) -> costs.Split:
+    c = self.model_config
+    with jax.set_mesh(mesh):
+      kernel = kernel_for(c.attention, c.compute_dtype, model.head_width(c))
+    return costs.Split(
+      rows=sharding.row_shards(mesh), parameters=mesh.shape["fsdp"] * mesh.shape["tensor"],
+      tensor=mesh.shape["tensor"], fused=kernel != "xla",
+    )  # fmt: skip
+
+  def _filled(self, rows: int) -> int:
+    """Rows of a rollout, with the fillers that make equal shares."""
+    shards = sharding.row_shards(self.rollout_mesh)
+    return -(-rows // shards) * shards
 
   def _cache_bytes(self, rows: int) -> int:
-    return chip_bytes(Shapes(self.config, self.model_config, self.mesh).cache(rows))
+    return chip_bytes(self._shapes(self.model_config.num_layers, self.rollout_mesh).cache(rows))
 
   def _sampling(self, evaluating: bool = False) -> Sampling:
     rollout, held_out = self.config.rollout, self.config.eval
@@ -145,46 +168,63 @@ class Programs:
     )  # fmt: skip
 
   def _prefill(self, name: str, prompts: int, calls: float) -> Program:
-    rollout = self.config.rollout
-    width = rollout.max_prompt_tokens
+    mesh, width = self.rollout_mesh, self.config.rollout.max_prompt_tokens
+    prompts = self._filled(prompts)
 
     def lower(layers: int) -> Any:
-      shapes = self._shapes(layers)
-      return sampler.prefill.lower(
-        shapes.model_config, shapes.params(), _host((prompts, width)), _host((prompts,)),
-        slots=self.config.row_tokens,
-      )  # fmt: skip
+      shapes = self._shapes(layers, mesh)
+      with jax.set_mesh(mesh):
+        return sampler.prefill.lower(
+          shapes.model_config, shapes.params(), _host((prompts, width)), _host((prompts,)),
+          slots=self.config.row_tokens,
+        )  # fmt: skip
 
     return Program(
-      name, lower, costs.prefill(self.model_config, prompts, width, self.split), calls,
-      prompts * width, (), "rollout.rows",
-      {**self.held, "kv_cache": self._cache_bytes(prompts)}, self._beside(),
+      name, lower, costs.prefill(self.model_config, prompts, width, self._split(mesh)), calls,
+      prompts * width, {}, "rollout.rows",
+      *self._sampled(self._cache_bytes(prompts)),
     )  # fmt: skip
 
   def _grow(
-    self, name: str, parents: int, rows: int, tokens: int, keep: bool, calls: float,
-    evaluating: bool = False,
+    self, name: str, parents: int, each: int, tokens: int, keep: bool, calls: float,
+    evaluating: bool = False, rows: int = 0,
   ) -> Program:  # fmt: skip
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    """`each` rows of every parent, or `rows` of any."""
+    mesh, key = self.rollout_mesh, jax.eval_shape(lambda: jax.random.key(0))
+    children = self._filled(rows or parents * each)
+    turns = {r"grow\)/while$": tokens, "shard_map": self._passes(parents, each, rows)}
+    parents = self._filled(parents)
 
     def lower(layers: int) -> Any:
-      shapes = self._shapes(layers)
-      each = _host((rows,))
-      return sampler.grow.lower(
-        shapes.model_config, shapes.params(), shapes.cache(parents), each, each, each, each, key,
-        each, each, self._sampling(evaluating), max_tokens=tokens, keep_cache=keep,
-      )  # fmt: skip
+      shapes, own = self._shapes(layers, mesh), _host((children,))
+      with jax.set_mesh(mesh):
+        return sampler.grow.lower(
+          shapes.model_config, shapes.params(), shapes.cache(parents), own, own, own, own, key,
+          own, own, self._sampling(evaluating), max_tokens=tokens, keep_cache=keep,
+        )  # fmt: skip
 
-    held = self._cache_bytes(parents) + self._cache_bytes(rows)
-    slots = self.config.row_tokens
+    cost = costs.decode(
+      self.model_config, children, self.config.row_tokens, tokens, self._split(mesh)
+    )
     return Program(
-      name, lower, costs.decode(self.model_config, rows, slots, tokens, self.split), calls,
-      rows * tokens, (tokens,), "rollout.rows", {**self.held, "kv_cache": held}, self._beside(),
+      name, lower, cost, calls, children * tokens, turns, "rollout.rows",
+      *self._sampled(self._cache_bytes(parents) + self._cache_bytes(children)),
     )  # fmt: skip
 
-  def _beside(self) -> int:
-    """While tokens are sampled, moments and reference wait on the chip."""
-    return self.held["optimiser"] + self.held["reference"]
+  def _passes(self, parents: int, each: int, rows: int) -> int:
+    """How often caches are passed on in a fork: never, if children stay with their parents."""
+    shards = sharding.row_shards(self.rollout_mesh)
+    parent = fill(np.repeat(np.arange(parents), each), self._filled(parents * each))
+    owner = parent // (self._filled(parents) // shards)
+    here = np.arange(len(parent)) // (len(parent) // shards)
+    return shards - 1 if rows or (owner != here).any() else 0
+
+  def _sampled(self, kv_cache: int) -> tuple[dict[str, int], int]:
+    """What the chip holds while tokens are sampled, and what of it waits: moments, reference,
+    and the parameters of training where rollouts have their own."""
+    held = {**self.held, "parameters": self.held["parameters"] + self.copied}
+    waiting = self.held["optimiser"] + self.held["reference"]
+    return {**held, "kv_cache": kv_cache}, waiting + bool(self.copied) * self.held["parameters"]
 
   def _rollouts(self) -> list[Program]:
     rollout, spo = self.config.rollout, self.config.spo
@@ -197,9 +237,7 @@ class Programs:
         room = rollout.max_response_tokens - depth * spo.segment_tokens
         tokens = room if is_last else spo.segment_tokens
         found.append(
-          self._grow(
-            f"grow level {depth + 1}", parents, parents * branch, tokens, not is_last, calls
-          )
+          self._grow(f"grow level {depth + 1}", parents, branch, tokens, not is_last, calls)
         )
         parents *= branch
       return found
@@ -208,13 +246,15 @@ class Programs:
     rows = at_once * rollout.samples
     found = [
       self._prefill("prefill", at_once, calls),
-      self._grow("grow", at_once, rows, rollout.max_response_tokens, True, calls),
+      self._grow("grow", at_once, rollout.samples, rollout.max_response_tokens, True, calls),
     ]
     if self.config.algorithm == "chain":
       boundaries = -(-rollout.max_response_tokens // spo.interval) * rows
       more = calls * -(-boundaries * spo.continuations // rollout.rows)
       found.append(
-        self._grow("continue", rows, rollout.rows, rollout.max_response_tokens, False, more)
+        self._grow(
+          "continue", rows, 1, rollout.max_response_tokens, False, more, rows=rollout.rows
+        )
       )
     return found
 
@@ -233,17 +273,19 @@ class Programs:
       rows, waiting = rollout.questions * nodes, 0
 
     def lower(layers: int) -> Any:
-      shapes = self._shapes(layers)
-      shape = (rollout.rows, length)
-      return score_rows.lower(
-        shapes.model_config, shapes.params(), _host(shape), _host(shape, bool), rollout.temperature
-      )
+      shapes, shape = self._shapes(layers, self.mesh), (rollout.rows, length)
+      with jax.set_mesh(self.mesh):
+        return score_rows.lower(
+          shapes.model_config, shapes.params(), _host(shape), _host(shape, bool),
+          _host(shape, bool), rollout.temperature,
+        )  # fmt: skip
 
+    held, beside = self._sampled(waiting)
+    cost = costs.score(self.model_config, rollout.rows, length, self._split(self.mesh))
     return [
       Program(
-        "score", lower, costs.score(self.model_config, rollout.rows, length, self.split),
-        -(-rows // rollout.rows), rollout.rows * length, (), "rollout.rows",
-        {**self.held, "kv_cache": waiting}, self._beside() + waiting,
+        "score", lower, cost, -(-rows // rollout.rows), rollout.rows * length, {},
+        "rollout.rows", held, beside + waiting,
       )
     ]  # fmt: skip
 
@@ -254,7 +296,7 @@ class Programs:
     reference = bool(train.kl.coefficient)
 
     def lower(layers: int) -> Any:
-      shapes = self._shapes(layers)
+      shapes = self._shapes(layers, self.mesh)
       state, optimizer = shapes.state(config.optimizer)
 
       def rows(dtype: Any) -> jax.ShapeDtypeStruct:
@@ -263,22 +305,23 @@ class Programs:
       batch = TrainRows(
         rows(jnp.int32), rows(bool), rows(bool), rows(jnp.float32), rows(jnp.float32)
       )
-      return policy_update.lower(
-        shapes.model_config, train, optimizer, state, state.params if reference else None, batch,
-        shapes.array("scalar", (), jnp.int32), shapes.array("scalar", (), jnp.float32),
-      )  # fmt: skip
+      with jax.set_mesh(self.mesh):
+        return policy_update.lower(
+          shapes.model_config, train, optimizer, state, state.params if reference else None, batch,
+          shapes.array("scalar", (), jnp.int32), shapes.array("scalar", (), jnp.float32),
+        )  # fmt: skip
 
     rows = config.rollout.questions * config.rollout.samples
     if config.algorithm == "tree":
       rows = config.spo.edges_per_iteration
+    cost = costs.update(
+      self.model_config, self.count, micro_batches, micro, length, reference, train.remat,
+      self._split(self.mesh),
+    )  # fmt: skip
     return Program(
-      "update", lower,
-      costs.update(
-        self.model_config, self.count, micro_batches, micro, length, reference, train.remat,
-        self.split,
-      ),
-      train.epochs * -(-rows // train.batch_rows), train.batch_rows * length, (micro_batches,),
-      "train.micro_batch_rows", {**self.held, "kv_cache": 0}, 0,
+      "update", lower, cost, train.epochs * -(-rows // train.batch_rows),
+      train.batch_rows * length, {r"update\)/while$": micro_batches}, "train.micro_batch_rows",
+      {**self.held, "kv_cache": 0}, 0,
     )  # fmt: skip
 
   def _evaluation(self) -> list[Program]:
@@ -288,7 +331,7 @@ class Programs:
     return [
       self._prefill("evaluate: prefill", rows, calls),
       self._grow(
-        "evaluate: grow", rows, rows, config.rollout.max_response_tokens, True, calls, True
+        "evaluate: grow", rows, 1, config.rollout.max_response_tokens, True, calls, True
       ),
     ]
 
@@ -298,21 +341,22 @@ class Programs:
     length, micro = config.row_tokens, sft.micro_batch_rows or sft.batch_rows
 
     def lower(layers: int) -> Any:
-      shapes = self._shapes(layers)
+      shapes = self._shapes(layers, self.mesh)
       state, optimizer = shapes.state(sft.optimizer)
       shape = (sft.batch_rows, length)
-      return supervised_update.lower(
-        shapes.model_config, optimizer, state, _host(shape), _host(shape, bool),
-        _host(shape, bool), micro_rows=micro, remat=config.train.remat,
-      )  # fmt: skip
+      with jax.set_mesh(self.mesh):
+        return supervised_update.lower(
+          shapes.model_config, optimizer, state, _host(shape), _host(shape, bool),
+          _host(shape, bool), micro_rows=micro, remat=config.train.remat,
+        )  # fmt: skip
 
     micro_batches = sft.batch_rows // micro
+    cost = costs.update(
+      self.model_config, self.count, micro_batches, micro, length, False, config.train.remat,
+      self._split(self.mesh),
+    )  # fmt: skip
     return Program(
-      "supervised update", lower,
-      costs.update(
-        self.model_config, self.count, micro_batches, micro, length, False, config.train.remat,
-        self.split,
-      ),
-      0, sft.batch_rows * length, (micro_batches,), "sft.micro_batch_rows",
+      "supervised update", lower, cost, 0, sft.batch_rows * length,
+      {r"update\)/while$": micro_batches}, "sft.micro_batch_rows",
       {**self.held, "reference": 0, "kv_cache": 0}, 0,
     )  # fmt: skip
