@@ -2,9 +2,9 @@
 
   python benchmarks/plan.py [--out runs/plan] [--only TEXT]
 
-Each row is one `python -m spo_jax.plan --json`, kept as a file in --out: what is there already is
-not compiled again, so an interrupted table goes on where it stopped. Needs spo_jax[tpu-plan], and
-minutes per row.
+Each program of a row is one `python -m spo_jax.plan --json`, kept as a file in --out: what is
+there already is not compiled again, so an interrupted table goes on where it stopped. Needs
+spo_jax[tpu-plan], and minutes per row on 2 cores.
 """
 
 from __future__ import annotations
@@ -50,61 +50,66 @@ def settings(chips: int, tensor: int, trees: float) -> list[str]:
 def rows_of_tables() -> list[tuple[str, str, str]]:
   """(table, model, topology), the most wanted first."""
   weak = [("weak", "Qwen-1.5B 2K", topology) for topology in WEAK]
-  return weak + [("models", model, topology) for topology in TOPOLOGIES for model in MODELS]
+  models = [("models", model, topology) for topology in TOPOLOGIES for model in MODELS]
+  return [*weak, ("scale", "Qwen-32B 2K", "v5p:8x8x16"), *models]
 
 
 def chips_of(topology: str) -> int:
   return math.prod(map(int, topology.split(":")[1].split("x")))
 
 
-def command(model: str, topology: str) -> list[str]:
+def command(model: str, topology: str, program: str) -> list[str]:
   config, shape, tensor, trees = MODELS[model]
   return [
     sys.executable, "-m", "spo_jax.plan", "--config", config, "--topology", topology, "--json",
-    "--no-search", *(["--model-config", shape] if shape else []), "--only", *PROGRAMS,
+    "--no-search", *(["--model-config", shape] if shape else []), "--only", program,
     "--set", *settings(chips_of(topology), tensor, trees),
   ]  # fmt: skip
 
 
-def measure(model: str, topology: str, out: Path) -> dict[str, Any] | None:
-  """The plan of one row, from its file or the compiler; None and a file.err where it failed."""
-  file = out / f"{model} {topology}.json".replace(" ", "_").replace(":", "-")
+def measure(model: str, topology: str, program: str, out: Path) -> dict[str, Any] | None:
+  """The plan of one program, from its file or the compiler; None where that failed."""
+  name = f"{model} {topology} {program}".translate(str.maketrans(" :", "_-"))
+  file = out / f"{name}.json"
   if not file.exists():
-    print(f"{model} on {topology}", file=sys.stderr, flush=True)
-    with file.with_suffix(".err").open("w") as errors:
-      done = subprocess.run(
-        command(model, topology), stdout=subprocess.PIPE, stderr=errors, text=True
-      )
+    print(f"{model}, {topology}: {program}", file=sys.stderr, flush=True)
+    with (out / f"{name}.err").open("w") as errors:
+      run = command(model, topology, program)
+      done = subprocess.run(run, stdout=subprocess.PIPE, stderr=errors, text=True)
     if done.returncode not in (0, 3):
       return None
     file.write_text(done.stdout)
-  return json.loads(file.read_text())
+  return dict(json.loads(file.read_text()))
 
 
-def row(model: str, topology: str, result: dict[str, Any]) -> str:
-  plan = result["as_configured"]
-  grow, update = plan["programs"]
+def cells(result: dict[str, Any] | None, size: str) -> list[str]:
+  """Peak, `size`, bytes sent, seconds and tokens a second of the only program of a plan."""
+  if result is None:
+    return ["-"] * 5
+  (program,) = result["as_configured"]["programs"]
+  sent, seconds = program["collective_bytes"], program["seconds"]
+  most = max(sent, key=lambda kind: sent[kind]) if any(sent.values()) else "nothing"
+  peak = program["bytes"]["peak"] / GIB
+  return [
+    f"{'>' if program['refused_by_compiler'] else ''}{peak:.1f}{'' if result['fits'] else ' !'}",
+    f"{program['bytes'][size] / GIB:.1f}", f"{sum(sent.values()) / 1e9:.1f} ({most})",
+    f"{seconds['roofline']:.2f} ({program['bound']})", f"{program['tokens_per_second']:,.0f}",
+  ]  # fmt: skip
 
-  def cells(program: dict[str, Any], size: str) -> list[str]:
-    sent, seconds = program["collective_bytes"], program["seconds"]
-    most = max(sent, key=lambda kind: sent[kind]) if any(sent.values()) else "-"
-    peak = f"{program['bytes']['peak'] / GIB:.1f}"
-    return [
-      f"> {peak}" if program["refused_by_compiler"] else peak,
-      f"{program['bytes'][size] / GIB:.1f}", f"{sum(sent.values()) / 1e9:.1f} ({most})",
-      f"{seconds['roofline']:.2f} ({program['bound']})", f"{program['tokens_per_second']:,.0f}",
-    ]  # fmt: skip
 
-  state = sum(update["bytes"][name] for name in ("parameters", "optimiser", "reference"))
-  return "| " + " | ".join([
-    model, topology, str(result["chips"]), f"{state / GIB:.2f}", *cells(grow, "kv_cache"),
-    *cells(update, "temporaries"), "yes" if result["fits"] else "no",
-  ]) + " |"  # fmt: skip
+def row(model: str, topology: str, out: Path) -> str:
+  grow, update = (measure(model, topology, program, out) for program in PROGRAMS)
+  state = "-"
+  if update:
+    held = update["as_configured"]["programs"][0]["bytes"]
+    state = f"{sum(held[name] for name in ('parameters', 'optimiser', 'reference')) / GIB:.2f}"
+  columns = [model, topology, state, *cells(grow, "kv_cache"), *cells(update, "temporaries")]
+  return f"| {' | '.join(columns)} |"
 
 
 HEADING = (
-  "| model, rows | slice | chips | state | grow: peak | cache | GB sent | s | tokens/s "
-  "| update: peak | temporaries | GB sent | s | tokens/s | fits |\n" + "|---" * 15 + "|"
+  "| model, tokens of a row | slice | state | grow: peak | cache | GB sent | s | tokens/s "
+  "| update: peak | temporaries | GB sent | s | tokens/s |\n" + "|---" * 13 + "|"
 )
 
 
@@ -117,8 +122,7 @@ def main() -> None:
   tables: dict[str, list[str]] = {}
   for table, model, topology in rows_of_tables():
     if options.only in f"{table} {model} {topology}":
-      result = measure(model, topology, options.out)
-      text = row(model, topology, result) if result else f"| {model} | {topology} | failed |"
+      text = row(model, topology, options.out)
       tables.setdefault(table, []).append(text)
       print(text, file=sys.stderr, flush=True)
   for name, lines in tables.items():
