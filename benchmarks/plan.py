@@ -15,35 +15,44 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 GIB = 2**30
 
-# Configuration, the shape in its model's place, chips of the tensor axis, and trees at once for
-# each part of the rows: 1/4 of a tree of 216 leaves is 54 rows.
-MODELS: dict[str, tuple[str, str | None, int, float]] = {
-  "Qwen-1.5B 2K": ("configs/qwen1.5b_math_tree.yaml", None, 1, 1 / 4),
-  "Qwen-1.5B 4K": ("configs/r1qwen1.5b_math_tree.yaml", None, 1, 1 / 8),
-  "Rho-1.1B 2K": ("configs/rho1b_gsm8k_tree.yaml", None, 1, 1 / 4),
-  "Qwen-7B 2K": ("configs/qwen1.5b_math_tree.yaml", "qwen2.5-7b", 4, 1 / 4),
-  "Qwen-32B 2K": ("configs/qwen1.5b_math_tree.yaml", "qwen2.5-32b", 8, 1 / 8),
+class Row(NamedTuple):
+  config: str
+  shape: str | None = None  # in the place of the config's model
+  tensor: int = 1  # chips of the tensor axis
+  trees: float = 1 / 4  # at once for each part of the rows: 1/4 of 216 leaves is 54 rows
+  more: tuple[str, ...] = ()  # settings
+  programs: tuple[str, ...] = ("grow level 3", "update")
+
+
+TREE = "configs/qwen1.5b_math_tree.yaml"
+WHOLE = ("rollout.mesh.data=-1", "rollout.mesh.fsdp=1")  # parameters whole on every chip
+MODELS = {
+  "Qwen-1.5B 2K": Row(TREE),
+  "Qwen-1.5B 2K, whole": Row(TREE, more=WHOLE, programs=("grow level 3",)),
+  "Qwen-1.5B 4K": Row("configs/r1qwen1.5b_math_tree.yaml", trees=1 / 8),
+  "Rho-1.1B 2K": Row("configs/rho1b_gsm8k_tree.yaml"),
+  "Qwen-7B 2K": Row(TREE, "qwen2.5-7b", tensor=4),
+  "Qwen-32B 2K": Row(TREE, "qwen2.5-32b", tensor=8, trees=1 / 8),
 }
 TOPOLOGIES = ("v5e:4x4", "v5p:4x4x4", "v5e:16x16", "v6e:16x16")
 WEAK = ("v5e:2x4", "v5e:4x4", "v5e:8x8", "v5e:16x16")
 LEAVES = 216
-PROGRAMS = ("grow level 3", "update")
 
 
-def settings(chips: int, tensor: int, trees: float) -> list[str]:
+def settings(row: Row, chips: int) -> list[str]:
   """The same work for every chip: one training row at a time, 8 in a batch, and whole trees."""
-  parts = chips // tensor
+  parts = chips // row.tensor
   even = math.lcm(LEAVES, parts)
-  rows = even * max(1, round(trees * parts * LEAVES / even))
+  rows = even * max(1, round(row.trees * parts * LEAVES / even))
   return [
-    "mesh.data=1", "mesh.fsdp=-1", f"mesh.tensor={tensor}", "train.remat=layer",
+    "mesh.data=1", "mesh.fsdp=-1", f"mesh.tensor={row.tensor}", "train.remat=layer",
     f"train.micro_batch_rows={parts}", f"train.batch_rows={8 * parts}",
     f"spo.edges_per_iteration={32 * parts}", f"rollout.rows={rows}",
-    f"rollout.questions={rows // LEAVES}",
+    f"rollout.questions={rows // LEAVES}", *row.more,
   ]  # fmt: skip
 
 
@@ -59,17 +68,17 @@ def chips_of(topology: str) -> int:
 
 
 def command(model: str, topology: str, program: str) -> list[str]:
-  config, shape, tensor, trees = MODELS[model]
+  row = MODELS[model]
   return [
-    sys.executable, "-m", "spo_jax.plan", "--config", config, "--topology", topology, "--json",
-    "--no-search", *(["--model-config", shape] if shape else []), "--only", program,
-    "--set", *settings(chips_of(topology), tensor, trees),
+    sys.executable, "-m", "spo_jax.plan", "--config", row.config, "--topology", topology,
+    "--json", "--no-search", *(["--model-config", row.shape] if row.shape else []),
+    "--only", program, "--set", *settings(row, chips_of(topology)),
   ]  # fmt: skip
 
 
 def measure(model: str, topology: str, program: str, out: Path) -> dict[str, Any] | None:
   """The plan of one program, from its file or the compiler; None where that failed."""
-  name = f"{model} {topology} {program}".translate(str.maketrans(" :", "_-"))
+  name = f"{model} {topology} {program}".translate(str.maketrans(" :,", "_-_"))
   file = out / f"{name}.json"
   if not file.exists():
     print(f"{model}, {topology}: {program}", file=sys.stderr, flush=True)
@@ -97,8 +106,12 @@ def cells(result: dict[str, Any] | None, size: str) -> list[str]:
   ]  # fmt: skip
 
 
-def row(model: str, topology: str, out: Path) -> str:
-  grow, update = (measure(model, topology, program, out) for program in PROGRAMS)
+def line(model: str, topology: str, out: Path) -> str:
+  wanted = MODELS[model].programs
+  grow, update = (
+    measure(model, topology, program, out) if program in wanted else None
+    for program in Row("").programs
+  )
   state = "-"
   if update:
     held = update["as_configured"]["programs"][0]["bytes"]
@@ -122,7 +135,7 @@ def main() -> None:
   tables: dict[str, list[str]] = {}
   for table, model, topology in rows_of_tables():
     if options.only in f"{table} {model} {topology}":
-      text = row(model, topology, options.out)
+      text = line(model, topology, options.out)
       tables.setdefault(table, []).append(text)
       print(text, file=sys.stderr, flush=True)
   for name, lines in tables.items():

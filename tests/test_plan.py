@@ -342,3 +342,24 @@ def test_extrapolation_is_a_straight_line():
   found = extrapolate([low, high], 10)
   assert (found.peak, found.temporaries, found.seconds, found.compiled) == (34, 8, 3, (2, 4))
   assert found.collectives == {"all-gather": 14, "all-reduce": 8}
+
+
+def test_temporaries_that_fall_are_taken_to_rise_by_what_a_layer_keeps():
+  """7 and then 5 bytes: the larger, and 6 layers of 2 bytes; the other 6 and 11 on a line."""
+  low, high = Measured(13, 7, {}, 1, (2,)), Measured(16, 5, {}, 2, (4,))
+  found = extrapolate([low, high], 10, per_layer=2)
+  assert (found.temporaries, found.peak) == (7 + 12, 26 + 19)
+  low = Measured(10, 4, {}, 1, (2,))
+  assert extrapolate([low, high], 10, per_layer=2).temporaries == 5 + 12
+
+
+def test_bytes_that_a_layer_keeps_by_hand():
+  """20 tokens in float32; 576 weights; q, k and v are 16 wide, gate and up 32."""
+  kept = {
+    remat: costs.kept_per_layer(SMALL, 2, 10, remat, Split())
+    for remat in ("none", "dots", "layer")
+  }
+  assert kept["layer"] == 4 * 576 + 4 * 20 * 8
+  assert kept["dots"] - kept["layer"] == 4 * 20 * (16 + 16 + 32)
+  assert kept["none"] - kept["dots"] == 4 * 20 * (16 + 8 + 32) + 8 * 20 * 10 * 2
+  assert costs.kept_per_layer(SMALL, 2, 10, "none", Split(fused=True)) == kept["none"] - 3200

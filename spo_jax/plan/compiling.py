@@ -60,6 +60,7 @@ class Measured:
   collectives: dict[str, float] = field(default_factory=dict)
   seconds: float = 0  # of compilation
   compiled: tuple[int, ...] = ()  # versions compiled, by their number of layers
+  points: tuple[float, ...] = ()  # temporaries of each
   refused: bool = False  # the compiler itself ran out of the chip's memory
 
   @property
@@ -82,7 +83,7 @@ class Compiler:
       found.append(self._compile(program, count))
       if found[-1].refused:
         return found[-1]
-    return found[0] if len(found) == 1 else extrapolate(found, layers)
+    return found[0] if len(found) == 1 else extrapolate(found, layers, program.per_layer)
 
   def _compile(self, program: Program, layers: int) -> Measured:
     lowered = program.lower(layers)
@@ -110,28 +111,37 @@ def _compiled(lowered: Any, layers: int, turns: Mapping[str, int]) -> Measured:
     collectives=collective_bytes(compiled.as_text(), turns),
     seconds=seconds,
     compiled=(layers,),
+    points=(memory.temp_size_in_bytes,),
   )  # fmt: skip
 
 
-def extrapolate(found: list[Measured], layers: int) -> Measured:
-  """A straight line through two numbers of layers."""
+def extrapolate(found: list[Measured], layers: int, per_layer: float = 0) -> Measured:
+  """More layers than two small versions have: a straight line, but for temporaries.
+
+  Those of an update are the largest of several phases, and with few layers the phases around the
+  layers decide: they may even fall from 2 layers to 4. So they go on from the larger of both, and
+  rise with every layer as measured, and by `per_layer` bytes at least.
+  """
   small, large = found
   (low,), (high,) = small.compiled, large.compiled
 
   def line(a: float, b: float) -> float:
     return a + (b - a) * (layers - low) / (high - low)
 
+  rise = max((large.temporaries - small.temporaries) / (high - low), per_layer)
+  temporaries = max(small.temporaries, large.temporaries) + rise * (layers - high)
   kinds = small.collectives.keys() | large.collectives.keys()
   return dataclasses.replace(
     large,
-    peak=line(small.peak, large.peak),
-    temporaries=line(small.temporaries, large.temporaries),
+    peak=line(small.peak - small.temporaries, large.peak - large.temporaries) + temporaries,
+    temporaries=temporaries,
     collectives={
       kind: max(0.0, line(small.collectives.get(kind, 0), large.collectives.get(kind, 0)))
       for kind in sorted(kinds)
     },
     seconds=small.seconds + large.seconds,
     compiled=(low, high),
+    points=small.points + large.points,
   )
 
 

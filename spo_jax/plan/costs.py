@@ -131,3 +131,26 @@ def update(
     one += body + logits
   own = MASTER_BYTES * parameters / split.parameters
   return (one + Cost(bytes=4 * own)) * micro_batches + Cost(bytes=7 * own)
+
+
+def kept_per_layer(c: ModelConfig, rows: int, length: int, remat: str, split: Split) -> float:
+  """Bytes that one more layer adds to an update at least: its gradient, and what its forward
+  leaves for its backward pass.
+
+  Per token: its input (layer), the outputs of its projections too (dots), or also what stands
+  between them (none), scores of attention included unless they stay on the chip.
+  """
+  width, item = head_width(c), item_bytes(c)
+  tokens = split.rows_per_chip(rows) * length
+  heads = (c.num_heads + 2 * c.num_kv_heads) * width
+  elements = float(c.hidden_size)
+  if remat != "layer":
+    elements += 2 * c.hidden_size + (heads + 2 * c.intermediate_size) / split.tensor
+  scores = 0.0
+  if remat == "none":
+    inside = c.num_heads * width + 2 * c.intermediate_size
+    elements += 2 * c.hidden_size + inside / split.tensor
+    if not split.fused:
+      scores = (MASTER_BYTES + item) * tokens * length * c.num_heads / split.tensor
+  gradient = MASTER_BYTES * layer_weights(c) / split.parameters
+  return gradient + item * tokens * elements + scores

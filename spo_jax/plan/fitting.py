@@ -70,6 +70,7 @@ class Line:
       "tokens_per_second": program.tokens / best if best else None,
       "compile_seconds": measured.seconds,
       "layers_compiled": list(measured.compiled),
+      "temporaries_compiled": list(measured.points),
     }  # fmt: skip
 
 

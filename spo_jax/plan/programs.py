@@ -41,6 +41,7 @@ class Program:
   setting: str  # the row count that its memory follows
   held: dict[str, int]  # bytes by what they hold, inside the program or beside it
   beside: int  # bytes that stay on the chip and are no argument
+  per_layer: float = 0  # bytes of temporaries that one more layer adds at least
 
 
 @dataclass(frozen=True)
@@ -321,7 +322,13 @@ class Programs:
     return Program(
       "update", lower, cost, train.epochs * -(-rows // train.batch_rows),
       train.batch_rows * length, {r"update\)/while$": micro_batches}, "train.micro_batch_rows",
-      {**self.held, "kv_cache": 0}, 0,
+      {**self.held, "kv_cache": 0}, 0, self._kept(micro),
+    )  # fmt: skip
+
+  def _kept(self, rows: int) -> float:
+    return costs.kept_per_layer(
+      self.model_config, rows, self.config.row_tokens, self.config.train.remat,
+      self._split(self.mesh),
     )  # fmt: skip
 
   def _evaluation(self) -> list[Program]:
@@ -358,5 +365,5 @@ class Programs:
     return Program(
       "supervised update", lower, cost, 0, sft.batch_rows * length,
       {r"update\)/while$": micro_batches}, "sft.micro_batch_rows",
-      {**self.held, "reference": 0, "kv_cache": 0}, 0,
+      {**self.held, "reference": 0, "kv_cache": 0}, 0, self._kept(micro),
     )  # fmt: skip
