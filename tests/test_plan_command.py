@@ -147,10 +147,10 @@ def test_wrong_usage_is_one_line_and_2(tiny, capsys, arguments, said):
 
 
 def test_an_extrapolated_model_is_nearly_the_compiled_one():
-  """Peak bytes of a rollout of 6 layers, from 2 and 4, for the CPU."""
+  """Peak bytes of a prefill of 6 layers, from 2 and 4, for the CPU."""
   deep = ModelConfig(vocab_size=64, num_layers=6, hidden_size=32, intermediate_size=64)
   config, mesh = load(ROOT / "configs" / "laptop_tree.yaml"), sharding.make_mesh(MeshConfig())
-  program = next(p for p in Programs(config, deep, mesh).listed() if p.name == "grow level 1")
+  program = next(p for p in Programs(config, deep, mesh).listed() if p.name == "prefill")
   estimate, exact = (Compiler(exact).measure(program, 6) for exact in (False, True))
   assert (estimate.compiled, exact.compiled) == ((2, 4), (6,))
   assert estimate.peak == pytest.approx(exact.peak, rel=0.02)
