@@ -160,15 +160,15 @@ TREE_PROGRAMS = ("grow level 3", "update")
 TREE = """
 algorithm: tree
 model:
-  {qkv_bias: true, compute_dtype: bfloat16, num_kv_heads: 2, num_layers: 2, vocab_size: 2048,
+  {qkv_bias: true, compute_dtype: bfloat16, num_kv_heads: 2, vocab_size: 2048,
    max_position: 2048}
 spo: {branch_factors: [6, 6, 6], edges_per_iteration: 512}
 rollout: {questions: 16, rows: 864}
 train: {micro_batch_rows: 16, remat: layer, kl: {coefficient: 1.0e-4}}
 mesh: {data: 1, fsdp: -1}
 """
-QWEN = {"hidden_size": 1536, "intermediate_size": 8960, "num_heads": 12}
-NARROW = {"hidden_size": 256, "intermediate_size": 512, "num_heads": 2}
+QWEN = {"num_layers": 2, "hidden_size": 1536, "intermediate_size": 8960, "num_heads": 12}
+NARROW = {"num_layers": 1, "hidden_size": 256, "intermediate_size": 512, "num_heads": 2}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
@@ -178,7 +178,7 @@ NARROW = {"hidden_size": 256, "intermediate_size": 512, "num_heads": 2}
   ids=["narrow", "1.5B"],
 )
 def test_the_tpu_compiler_compiles_a_tree_run(tmp_path, shape, tokens):
-  """For 16 chips; two layers of the width of Qwen-1.5B take two minutes, narrow ones seconds."""
+  """For 16 chips; two layers of the width of Qwen-1.5B take two minutes, a narrow one seconds."""
   file = tmp_path / "tree.yaml"
   file.write_text(TREE)
   settings = [f"model.{key}={value}" for key, value in shape.items()]
@@ -192,10 +192,10 @@ def test_the_tpu_compiler_compiles_a_tree_run(tmp_path, shape, tokens):
   assert result["chips"] == 16 and "v5" in result["device"] and result["limit"] == 15.75 * 2**30
   grow, update = result["as_configured"]["programs"]
   # The cache of 54 rows a chip and of their parents, and 1/16 of float32 parameters.
-  row = 2 * 2 * 2 * 128 * tokens * 2
+  row = shape["num_layers"] * 2 * 2 * 128 * tokens * 2
   assert grow["bytes"]["kv_cache"] == (54 + 9) * row + (864 + 144) * 4
   parameters = 4 * result["model"]["parameters"] / 16
-  assert update["bytes"]["parameters"] == pytest.approx(parameters, rel=0.02)
+  assert update["bytes"]["parameters"] == pytest.approx(parameters, rel=0.05)  # norms are whole
   assert update["bytes"]["peak"] > 4 * parameters
   assert grow["collective_bytes"]["all-gather"] > 0 < sum(update["collective_bytes"].values())
   assert not grow["refused_by_compiler"] and not update["refused_by_compiler"]
