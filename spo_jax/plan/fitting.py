@@ -20,7 +20,7 @@ from spo_jax.plan.programs import Program, Programs
 REMAT = ("none", "dots", "layer")  # of train.remat, from what computes least again
 Settings = dict[str, int | str]  # "section.name" -> value
 
-CLOSE = 0.15  # of the limit: how far extrapolated peaks were off, see docs/benchmarks.md
+CLOSE = 0.15  # of the limit: extrapolated peaks may be off by that much
 RESERVED = 2**28  # bytes of a TPU's HBM that its runtime keeps: libtpu offers 15.75 GiB of 16
 
 
