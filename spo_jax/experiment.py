@@ -227,7 +227,7 @@ def build(config: Config, training: bool = True) -> Experiment:
   )
   mesh = sharding.make_mesh(config.mesh)
   rollout_mesh = sharding.make_rollout_mesh(rollout.mesh, mesh)
-  _check_rows(config, mesh, rollout_mesh, training)
+  check_rows(config, mesh, rollout_mesh, training)
   engine = Engine(
     model_config, sampling, rollout.rows, rollout.max_response_tokens, grade, rollout_mesh
   )
@@ -271,7 +271,7 @@ def _model_config(config: Config, tokens: Any) -> ModelConfig:
   return dataclasses.replace(config.model, vocab_size=len(tokens))
 
 
-def _check_rows(config: Config, mesh: Mesh, rollout_mesh: Mesh, training: bool) -> None:
+def check_rows(config: Config, mesh: Mesh, rollout_mesh: Mesh, training: bool) -> None:
   """Raises ConfigError where rows cannot be shared out evenly."""
   own = "mesh" if rollout_mesh == mesh else "rollout.mesh"
   rows = [(own, rollout_mesh, "rollout.rows", config.rollout.rows)]

@@ -21,12 +21,12 @@ LEVELS = {
   3: "model",
   4: "sampler hf",
   5: "rollouts packing checkpoint update",
-  6: "validation report plan compare grade",
+  6: "validation report compare grade",
   7: "experiment",
   8: "algorithms warm_start",
   9: "run",
   10: "train sources",
-  11: "evaluate sft",
+  11: "evaluate sft plan",
 }
 LEVEL = {room: level for level, rooms in LEVELS.items() for room in rooms.split()}
 

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FILES = sorted((ROOT / "spo_jax").rglob("*.py"))
 COMMANDS = sorted(
-  p.stem for p in (ROOT / "spo_jax").glob("*.py") if "\nif __name__ ==" in p.read_text()
+  [p.stem for p in (ROOT / "spo_jax").glob("*.py") if "\nif __name__ ==" in p.read_text()]
+  + [p.parent.name for p in (ROOT / "spo_jax").glob("*/__main__.py")]
 )
 
 DISTRIBUTION = {"orbax": "orbax-checkpoint", "yaml": "pyyaml"}  # where the import differs
@@ -79,14 +80,14 @@ def test_lock_is_the_cpu_set_without_torch():
   assert not [name for name in locked() if name == "torch" or "nvidia" in name or "cuda" in name]
 
 
-def test_torch_is_locked_for_tests_alone_and_changes_nothing_else():
+def test_torch_and_libtpu_are_locked_for_tests_alone_and_change_nothing_else():
   parity = locked("requirements-parity.txt")
   assert {"torch": parity["torch"]} == {
     name: str(requirement.specifier).removeprefix("==")
     for name, requirement in declared("parity").items()
     if name == "torch"
   }
-  assert not parity.keys() & locked().keys()
+  assert "libtpu" in parity and not parity.keys() & locked().keys()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
