@@ -109,7 +109,7 @@ def test_a_run_on_a_disk_that_is_full_again_and_again_equals_one_with_space(
   rng = random.Random(16)
   failures = []
   while len(failures) < 8:
-    run_dir = disk(free=int(4096 * 2 ** rng.uniform(0, 7))) / "run"  # up to two checkpoints
+    run_dir = disk(free=int(2 ** rng.uniform(16, 20))) / "run"  # up to four checkpoints
     result = go_on(train, config, run_dir)
     reached = assert_nothing_lost(run_dir, reference)
     if result.code == 0:
