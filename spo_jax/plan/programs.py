@@ -70,7 +70,7 @@ class Shapes:
       jax.eval_shape(lambda: model.init_params(self.model_config, jax.random.key(0)))
     )
 
-  def array(self, name: str, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+  def array(self, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
     place = sharding.activation(name, shape, self.mesh)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
@@ -83,9 +83,13 @@ class Shapes:
     )
 
 
-def _host(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+def _host(shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
   """An array that comes from the host: where it goes is left to the compiler."""
   return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _lower(program: Any, *inputs: Any, **options: Any) -> Any:
+  return program.lower(*inputs, **options)
 
 
 def chip_bytes(tree: Any) -> int:
@@ -175,7 +179,8 @@ class Programs:
     def lower(layers: int) -> Any:
       shapes = self._shapes(layers, mesh)
       with jax.set_mesh(mesh):
-        return sampler.prefill.lower(
+        return _lower(
+          sampler.prefill,
           shapes.model_config, shapes.params(), _host((prompts, width)), _host((prompts,)),
           slots=self.config.row_tokens,
         )  # fmt: skip
@@ -199,7 +204,8 @@ class Programs:
     def lower(layers: int) -> Any:
       shapes, own = self._shapes(layers, mesh), _host((children,))
       with jax.set_mesh(mesh):
-        return sampler.grow.lower(
+        return _lower(
+          sampler.grow,
           shapes.model_config, shapes.params(), shapes.cache(parents), own, own, own, own, key,
           own, own, self._sampling(evaluating), max_tokens=tokens, keep_cache=keep,
         )  # fmt: skip
@@ -276,9 +282,10 @@ class Programs:
     def lower(layers: int) -> Any:
       shapes, shape = self._shapes(layers, self.mesh), (rollout.rows, length)
       with jax.set_mesh(self.mesh):
-        return score_rows.lower(
+        return _lower(
+          score_rows,
           shapes.model_config, shapes.params(), _host(shape), _host(shape, bool),
-          _host(shape, bool), rollout.temperature,
+          rollout.temperature,
         )  # fmt: skip
 
     held, beside = self._sampled(waiting)
@@ -300,14 +307,15 @@ class Programs:
       shapes = self._shapes(layers, self.mesh)
       state, optimizer = shapes.state(config.optimizer)
 
-      def rows(dtype: Any) -> jax.ShapeDtypeStruct:
+      def rows(dtype: Any) -> Any:
         return shapes.array("micro_batches", (micro_batches, micro, length), dtype)
 
       batch = TrainRows(
         rows(jnp.int32), rows(bool), rows(bool), rows(jnp.float32), rows(jnp.float32)
       )
       with jax.set_mesh(self.mesh):
-        return policy_update.lower(
+        return _lower(
+          policy_update,
           shapes.model_config, train, optimizer, state, state.params if reference else None, batch,
           shapes.array("scalar", (), jnp.int32), shapes.array("scalar", (), jnp.float32),
         )  # fmt: skip
@@ -352,9 +360,10 @@ class Programs:
       state, optimizer = shapes.state(sft.optimizer)
       shape = (sft.batch_rows, length)
       with jax.set_mesh(self.mesh):
-        return supervised_update.lower(
+        return _lower(
+          supervised_update,
           shapes.model_config, optimizer, state, _host(shape), _host(shape, bool),
-          _host(shape, bool), micro_rows=micro, remat=config.train.remat,
+          _host(shape, bool), _host((), jnp.float32), micro_rows=micro, remat=config.train.remat,
         )  # fmt: skip
 
     micro_batches = sft.batch_rows // micro
