@@ -205,11 +205,12 @@ class Run:
     """
     self.wait()
     params, best = self._best()
-    if not is_alone():
+    export = self.experiment.config.checkpoint.export
+    if export and not is_alone():
       params = to_host(params)
     if not is_main():
       return {}
-    if self.experiment.config.checkpoint.export:
+    if export:
       with runlog.writing(self.run_dir / "model"):
         hf.save_pretrained(
           self.run_dir / "model", self.experiment.model_config, params, self.experiment.tokenizer,
