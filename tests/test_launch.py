@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from runs import heeding_ctrl_c
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -309,10 +310,12 @@ def local(tmp_path):
   started = []
 
   def start(body, *options):
-    started.append(subprocess.Popen(
-      [LAUNCH / "local.sh", *options, *TRAIN, *RUN_DIR], stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE, text=True, env=environment(PYTHON=program(tmp_path / "python", body)),
-    ))  # fmt: skip
+    command = [LAUNCH / "local.sh", *options, *TRAIN, *RUN_DIR]
+    env = environment(PYTHON=program(tmp_path / "python", body))
+    with heeding_ctrl_c():
+      started.append(subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+      ))  # fmt: skip
     return started[-1]
 
   yield start
