@@ -13,6 +13,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 READY_TO_TEST := $(VENV)/.ready-to-test
+LIBTPU_RUNS := sys_platform == 'linux' and platform_machine == 'x86_64'
 
 # PYTHON is the first of these that really runs (a pyenv shim may not), in range, best with pip.
 PYTHONS := python3.11 python3.12 python3.13 python3
@@ -30,26 +31,28 @@ train: $(READY) ## train with CONFIG (configs/laptop_chain.yaml); more in ARGS="
 test: $(READY_TO_TEST) ## run all tests, or a choice: ARGS="tests/test_losses.py -k clip"
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not devices" $(ARGS)
 
-test-devices: $(READY_TO_TEST) ## run the tests of meshes and of several processes: 5 more minutes
+test-devices: $(READY_TO_TEST) ## run the tests of meshes and of several processes: 10 more minutes
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m devices $(ARGS)
 
-lint: $(READY) ## ruff and mypy
-	@status=0; $(BIN)/ruff check . || status=1; $(BIN)/mypy || status=1; exit $$status
+lint: $(READY) ## ruff, mypy and shellcheck
+	@status=0; $(BIN)/ruff check . || status=1; $(BIN)/mypy || status=1; \
+	  $(BIN)/shellcheck -x launch/*.sh || status=1; exit $$status
 
 lock: $(READY) ## resolve pyproject.toml into requirements.txt again (ARGS=--upgrade for news)
 	@$(BIN)/pip install -q --disable-pip-version-check uv
 	@$(BIN)/uv pip compile -q --python-version 3.11 --extra test --extra lint --no-annotate \
 	  --extra math --custom-compile-command "make lock" $(ARGS) pyproject.toml -o requirements.txt
 	@$(BIN)/uv pip compile -q --python-version 3.11 --extra parity --no-annotate \
-	  -c requirements.txt --custom-compile-command "make lock" $(ARGS) pyproject.toml \
-	  | grep -vxFf requirements.txt | sed "s,+cpu,," > requirements-parity.txt
+	  --extra tpu-plan -c requirements.txt --custom-compile-command "make lock" $(ARGS) \
+	  pyproject.toml | grep -vxFf requirements.txt \
+	  | sed "s,+cpu,,; s,^libtpu.*,& ; $(LIBTPU_RUNS)," > requirements-parity.txt
 
 clean: ## remove .venv, caches and build output; runs/ stays
 	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY_TO_TEST): $(READY) requirements-parity.txt
-	@echo "Installing requirements-parity.txt (torch, to compare with)" >&2
+	@echo "Installing requirements-parity.txt (torch, to compare with; the TPU compiler)" >&2
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-parity.txt
 	@touch $@
 

@@ -9,13 +9,12 @@ sides run in turn in this process, so that what else the machine does meets both
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
-import time
 from typing import Any
 
 import jax
 import numpy as np
+import side_by_side
 
 from spo_jax import hf, model, rollouts
 from spo_jax.config import ModelConfig
@@ -83,31 +82,12 @@ def compare(name: str, repeat: int) -> None:
     hf.save_pretrained(folder, config, params)
     samplers = {"generate": theirs(folder, tokens, new)}
   samplers["spo_jax"] = ours(config, params, tokens, new)
-  seconds: dict[str, list[float]] = {side: [] for side in samplers}
-  first = {}
-  for turn in range(repeat + 1):
-    for side, sample in samplers.items():
-      started = time.perf_counter()
-      assert sample(turn).shape == (rows, new)
-      took = time.perf_counter() - started
-      if turn:
-        seconds[side].append(took)
-      else:
-        first[side] = took
   print(
     f"{name}: {model.count_params(config) / 1e6:.1f} M parameters, {rows} rows, prompt {width}, "
     f"{new} new tokens"
   )
-  for side, took in seconds.items():
-    median = statistics.median(took)
-    print(
-      f"  {side:9} {rows * new / median:9,.0f} tokens/s  median of {repeat}: {median:.3f} s "
-      f"({min(took):.3f} to {max(took):.3f}), first call {first[side]:.1f} s"
-    )
-  ratios = [b / a for a, b in zip(seconds["spo_jax"], seconds["generate"])]
-  print(
-    f"  ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})", flush=True
-  )
+  sampled = side_by_side.compare(samplers, rows * new, repeat, ("generate", "spo_jax"))
+  assert all(x.shape == (rows, new) for turns in sampled.values() for x in turns)
 
 
 def main() -> None:

@@ -11,14 +11,13 @@ and must agree on the norm of the first gradient.
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import side_by_side
 
 from spo_jax import hf, model, update
 from spo_jax.config import ModelConfig, OptimizerConfig, TrainConfig
@@ -39,7 +38,7 @@ def ours(params: Any, batch: TrainRows) -> Any:
   rows = jax.device_put(batch)
   used, temperature = jnp.int32(len(batch.tokens)), jnp.float32(1)
 
-  def step() -> float:
+  def step(turn: int) -> float:
     nonlocal state
     state, metrics = update.policy_update(
       CONFIG, TRAIN, optimizer, state, None, rows, used, temperature
@@ -66,7 +65,7 @@ def theirs(folder: str, batch: TrainRows) -> Any:
   ]  # fmt: skip
   count = float(batch.mask.sum())
 
-  def step() -> float:
+  def step(turn: int) -> float:
     optimizer.zero_grad(set_to_none=True)
     for tokens, mask, old, advantages in micro_batches:
       logits = network(tokens, use_cache=False).logits[:, :-1]
@@ -104,30 +103,15 @@ def main() -> None:
     hf.save_pretrained(folder, CONFIG, params)
     steps = {"torch": theirs(folder, batch)}
   steps["spo_jax"] = ours(params, batch)
-  seconds: dict[str, list[float]] = {side: [] for side in steps}
-  first, norms = {}, {}
-  for turn in range(args.repeat + 1):
-    for side, step in steps.items():
-      started = time.perf_counter()
-      norm = step()
-      took = time.perf_counter() - started
-      if turn:
-        seconds[side].append(took)
-      else:
-        first[side], norms[side] = took, norm
   print(
     f"{model.count_params(CONFIG) / 1e6:.1f} M parameters, {args.rows} rows of {args.length} in "
     f"micro-batches of {args.micro_rows}, {mask.sum()} tokens in the mask"
   )
-  for side, took in seconds.items():
-    median = statistics.median(took)
-    print(
-      f"  {side:8} {args.rows * args.length / median:8,.0f} tokens/s  median of {args.repeat}: "
-      f"{median:.3f} s ({min(took):.3f} to {max(took):.3f}), first call {first[side]:.1f} s, "
-      f"gradient norm {norms[side]:.6g}"
-    )
-  ratios = [b / a for a, b in zip(seconds["spo_jax"], seconds["torch"])]
-  print(f"  ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+  turns = side_by_side.compare(
+    steps, args.rows * args.length, args.repeat, ("torch", "spo_jax")
+  )
+  norms = {side: found[0] for side, found in turns.items()}
+  print("  gradient norms " + ", ".join(f"{side} {norm:.6g}" for side, norm in norms.items()))
   assert abs(norms["torch"] / norms["spo_jax"] - 1) < 1e-3, "the two sides are not the same update"
 
 

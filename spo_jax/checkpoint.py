@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from spo_jax.runlog import writing
 from spo_jax.structs import Edges
 
 State = TypeVar("State")  # any tree of arrays
@@ -62,6 +63,7 @@ class Checkpoints:
 
     Args:
       counters: plain JSON values.
+    Raises: OSError where this or an earlier save found no space; `close` does so too.
     """
     # Orbax copies arrays before it returns, but would read the counters later.
     items = {
@@ -70,7 +72,8 @@ class Checkpoints:
     }
     if edges is not None and len(edges.start):
       items["edges"] = ocp.args.StandardSave(dataclasses.asdict(edges))
-    self._manager.save(step, args=ocp.args.Composite(**items))
+    with writing(self._manager.directory):  # a save before this one may have failed
+      self._manager.save(step, args=ocp.args.Composite(**items))
 
   def restore(
     self, step: int, template: State
@@ -123,5 +126,5 @@ class Checkpoints:
 
   def close(self) -> None:
     """Waits for saves in the background."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+    with writing(self._manager.directory):
+      self._manager.close()

@@ -7,10 +7,12 @@ process everything here does nothing.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -67,6 +69,16 @@ def own_directory(directory: Path) -> Path:
   return directory if is_main() else Path(tempfile.mkdtemp(prefix="spo_jax-"))
 
 
+@contextlib.contextmanager
+def quiet_unless_main() -> Iterator[None]:
+  """Within it only the main process prints to standard output."""
+  if is_main():
+    yield
+    return
+  with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    yield
+
+
 def wait_for_all(what: str) -> None:
   """Returns once every process is here."""
   if not is_alone():
@@ -76,6 +88,20 @@ def wait_for_all(what: str) -> None:
 def any_process(flag: bool) -> bool:
   """Whether the flag is set on one of them; all must ask."""
   return flag if is_alone() else bool(multihost_utils.process_allgather(np.bool_(flag)).any())
+
+
+def from_main(count: int) -> int:
+  """The number that the main process has found; all must ask."""
+  return count if is_alone() else int(multihost_utils.broadcast_one_to_all(np.int32(count)))
+
+
+def total(counts: dict[str, int]) -> dict[str, int]:
+  """Sums over all processes, which count the same things."""
+  if is_alone() or not counts:
+    return counts
+  own = np.array(list(counts.values()), np.int32)
+  sums = multihost_utils.process_allgather(own).sum(axis=0)
+  return dict(zip(counts, map(int, sums)))
 
 
 INTERRUPTED = 130  # exit code: what a shell reports for a program that Ctrl-C ended
@@ -157,3 +183,14 @@ def gather(own: np.ndarray, count: int) -> np.ndarray:
   padded[: len(own)] = own
   shares = multihost_utils.process_allgather(padded)
   return np.asarray(shares).reshape(-1, *own.shape[1:])[:count]
+
+
+def gather_bytes(own: bytes) -> bytes:
+  """What the processes have, in their order, on all of them."""
+  if is_alone():
+    return own
+  lengths = multihost_utils.process_allgather(np.int32(len(own))).tolist()
+  padded = np.zeros(max(lengths), np.uint8)
+  padded[: len(own)] = np.frombuffer(own, np.uint8)
+  parts = np.asarray(multihost_utils.process_allgather(padded))
+  return b"".join(part[:length].tobytes() for part, length in zip(parts, lengths))

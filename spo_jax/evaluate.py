@@ -3,7 +3,8 @@
 DIR is a Hugging Face folder, a hub name or the directory of a training run. The output folder
 holds every response in samples.jsonl and all figures in summary.json. Questions are answered in
 chunks whose samples depend on the seed and the chunk alone, so the same command continues a
-killed evaluation and ends with the same files.
+killed evaluation and ends with the same files. Several processes (see distributed.py) sample
+together, each grades its share, and the main one writes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -155,6 +157,8 @@ def prepare(options: argparse.Namespace) -> Evaluation:
     **{name: getattr(config.rollout, name) for name in names},
   }
   name = f"evaluate-{Path(source.model).name}-{config.task.name}"
+  if options.output is None and not distributed.is_alone():
+    raise ValueError("--output is missing: several processes have to agree on it. Name one.")
   output = options.output or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
   evaluation = Evaluation(source, experiment, prompts, runlog.plain(settings), output)
   _check_output(evaluation)
@@ -176,8 +180,11 @@ def _check_output(evaluation: Evaluation) -> None:
 
 
 def _open_output(evaluation: Evaluation) -> None:
-  """Makes the output folder. Raises: ValueError where it cannot."""
+  """Makes the output folder, once all have looked at it. Raises: ValueError where it cannot."""
   output = evaluation.output
+  distributed.wait_for_all("the output folder is checked")
+  if not distributed.is_main():
+    return
   try:
     output.mkdir(parents=True, exist_ok=True)
     runlog.write_atomic(output / SETTINGS, json.dumps(evaluation.settings, indent=2) + "\n")
@@ -219,19 +226,27 @@ def answer(evaluation: Evaluation, params: Params) -> int:
     grade_fn=lambda problems, *_: np.zeros(len(problems), np.float32),
   )
   key = jax.random.fold_in(jax.random.key(evaluation.settings["seed"]), int(Purpose.EVALUATE))
-  records = complete_samples(path, total * samples, at_once * samples)
-  done, right = len(records) // samples, sum(record["reward"] == 1 for record in records)
-  with runlog.progress("evaluate", total, done) as bar, path.open("ab") as file:
+  is_main = distributed.is_main()
+  found = complete_samples(path, total * samples, at_once * samples) if is_main else []
+  done = distributed.from_main(len(found)) // samples
+  right = sum(record["reward"] == 1 for record in found)
+  with (
+    runlog.progress("evaluate", total, done) as bar,
+    path.open("ab") if is_main else io.BytesIO() as file,
+  ):
     for first in range(done, total, at_once):
       rows = slice(first, first + at_once)
       chunk = select(prompts, rows).replace(problems=prompts.problems[rows])
       chunk_key = jax.random.fold_in(key, first // at_once)
       drawn = rollouts.flat(engine, params, chunk, samples, chunk_key)
-      graded = judge(experiment, chunk, drawn)
-      file.write("".join(json.dumps(record) + "\n" for record in graded).encode())
-      file.flush()
-      os.fsync(file.fileno())
-      right += sum(record["reward"] == 1 for record in graded)
+      own = judge(experiment, chunk, select(drawn, distributed.own_share(len(drawn.prompt))))
+      lines = "".join(json.dumps(record) + "\n" for record in own).encode()
+      lines = distributed.gather_bytes(lines)
+      if is_main:
+        file.write(lines)
+        file.flush()
+        os.fsync(file.fileno())
+        right += sum(json.loads(line)["reward"] == 1 for line in lines.splitlines())
       asked = first + len(chunk.lengths)
       bar.advance(len(chunk.lengths), accuracy=right / (asked * samples))
   return done
@@ -260,17 +275,20 @@ def judge(experiment: Experiment, prompts: Prompts, drawn: Trajectories) -> list
 
 
 def summarise(evaluation: Evaluation, seconds: float, continued_from: int) -> dict[str, Any]:
-  """Writes summary.json from samples.jsonl and returns it.
+  """Writes summary.json from samples.jsonl and returns it; only the main process does.
 
   Args:
     seconds: of this process, which found `continued_from` questions answered.
   """
   experiment, settings = evaluation.experiment, evaluation.settings
+  grading = distributed.total(experiment.task.counters())
+  if not distributed.is_main():
+    return {}
   records = runlog.read_jsonl(evaluation.output / SAMPLES)
   summary = {
     **metrics.summarise(records, settings["samples"], settings["seed"]),
     "left_out": {**experiment.task.skipped, **experiment.left_out},
-    "grading": experiment.task.counters(),
+    "grading": grading,
     "seconds": seconds,
     "continued_from": continued_from,
     "settings": settings,
@@ -334,25 +352,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
   started = time.perf_counter()
   options = _parser().parse_args(arguments)
   try:
+    distributed.initialize()
     evaluation = prepare(options)
     output = evaluation.output
-    if (output / SUMMARY).exists():
-      show(json.loads((output / SUMMARY).read_text()), output)
-      return 0
-    params = load_params(evaluation.source, evaluation.experiment)
-    _open_output(evaluation)
+    is_done = (output / SUMMARY).exists()
+    if not is_done:
+      experiment = evaluation.experiment
+      params = experiment.engine.place(load_params(evaluation.source, experiment))
+      _open_output(evaluation)
   except ValueError as error:
     print("error:", " ".join(str(error).split()), file=sys.stderr)
     return 2
   experiment, settings = evaluation.experiment, evaluation.settings
-  print(f"spo_jax {__version__}, jax {jax.__version__}, device {jax.devices()[0].device_kind}\n"
-        f"model: {settings['model']}, {count_params(experiment.model_config):,} parameters\n"
-        f"task: {experiment.config.task.name}, {settings['questions']} questions of the "
-        f"{settings['split']} split, {settings['samples']} samples each", flush=True)  # fmt: skip
-  with contextlib.closing(experiment.task), jax.set_mesh(experiment.mesh):
+  with (
+    contextlib.closing(experiment.task), jax.set_mesh(experiment.mesh),
+    distributed.quiet_unless_main(),
+  ):  # fmt: skip
+    if is_done:
+      show(json.loads((output / SUMMARY).read_text()), output)
+      return 0
+    print(f"spo_jax {__version__}, jax {jax.__version__}, device {jax.devices()[0].device_kind}\n"
+          f"model: {settings['model']}, {count_params(experiment.model_config):,} parameters\n"
+          f"task: {experiment.config.task.name}, {settings['questions']} questions of the "
+          f"{settings['split']} split, {settings['samples']} samples each", flush=True)  # fmt: skip
     try:
       done = answer(evaluation, params)
-      show(summarise(evaluation, time.perf_counter() - started, done), output)
+      if summary := summarise(evaluation, time.perf_counter() - started, done):
+        show(summary, output)
     except KeyboardInterrupt:
       print(f"Stopped; the same command with --output {output} continues.", file=sys.stderr)
       return distributed.INTERRUPTED

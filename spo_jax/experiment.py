@@ -225,10 +225,13 @@ def build(config: Config, training: bool = True) -> Experiment:
     truncate=rollout.top_p < 1 or rollout.top_k > 0,
     stop_table=stops.table(tokens, rollout.stop, model_config.vocab_size) if rollout.stop else None,
   )
-  engine = Engine(model_config, sampling, rollout.rows, rollout.max_response_tokens, grade)
-  template = task.prompt if config.task.prompt == "default" else config.task.prompt
   mesh = sharding.make_mesh(config.mesh)
-  _check_rows(config, mesh, training)
+  rollout_mesh = sharding.make_rollout_mesh(rollout.mesh, mesh)
+  check_rows(config, mesh, rollout_mesh, training)
+  engine = Engine(
+    model_config, sampling, rollout.rows, rollout.max_response_tokens, grade, rollout_mesh
+  )
+  template = task.prompt if config.task.prompt == "default" else config.task.prompt
   experiment = Experiment(config, model_config, task, tokens, template, engine, mesh)
   if training:
     _check_lengths(experiment)
@@ -268,20 +271,23 @@ def _model_config(config: Config, tokens: Any) -> ModelConfig:
   return dataclasses.replace(config.model, vocab_size=len(tokens))
 
 
-def _check_rows(config: Config, mesh: Mesh, training: bool) -> None:
+def check_rows(config: Config, mesh: Mesh, rollout_mesh: Mesh, training: bool) -> None:
   """Raises ConfigError where rows cannot be shared out evenly."""
-  shards = sharding.row_shards(mesh)
-  sft_rows = config.sft.micro_batch_rows or config.sft.batch_rows
-  rows = {
-    "rollout.rows": config.rollout.rows,
-    "train.micro_batch_rows": config.train.micro_batch_rows if training else shards,
-    "sft.micro_batch_rows": sft_rows if config.sft.max_steps else shards,
-  }
-  for key, count in rows.items():
+  own = "mesh" if rollout_mesh == mesh else "rollout.mesh"
+  rows = [(own, rollout_mesh, "rollout.rows", config.rollout.rows)]
+  if training:
+    rows.append(("mesh", mesh, "train.micro_batch_rows", config.train.micro_batch_rows))
+    if config.rollout.recompute_logprobs:
+      rows.append(("mesh", mesh, "rollout.rows", config.rollout.rows))
+  if config.sft.max_steps:
+    sft_rows = config.sft.micro_batch_rows or config.sft.batch_rows
+    rows.append(("mesh", mesh, "sft.micro_batch_rows", sft_rows))
+  for section, of, key, count in rows:
+    shards = sharding.row_shards(of)
     if count % shards:
       raise ConfigError(
-        f"{key}={count} cannot be shared out to mesh.data x mesh.fsdp = {shards} devices. Set it "
-        f"to a multiple of {shards}."
+        f"{key}={count} cannot be shared out to {section}.data x {section}.fsdp = {shards} "
+        f"devices. Set it to a multiple of {shards}."
       )
 
 

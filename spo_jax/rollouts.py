@@ -6,6 +6,7 @@ exists only inside `grade`, on the host.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from spo_jax import sampler
+from spo_jax import sampler, sharding
 from spo_jax.compiles import program
 from spo_jax.config import ModelConfig
 from spo_jax.distributed import gather, own_share, to_host
@@ -33,25 +35,49 @@ Score = Callable[[Prompts, np.ndarray, Samples], np.ndarray]
 
 @dataclass
 class Engine:
-  """What samples and grades. `counts` and `grade_seconds` add up until they are taken."""
+  """What samples and grades. Counts and seconds add up until they are taken.
+
+  Attributes:
+    mesh: where it samples, None: where the parameters are. Rows are filled up so that all of
+      its devices share them.
+  """
 
   config: ModelConfig
   sampling: Sampling
   rows: int  # rows decoded at once: the shape of every program
   response_tokens: int  # T
   grade_fn: Grade
+  mesh: Mesh | None = None
   counts: dict[str, int] = field(default_factory=dict)
   grade_seconds: float = 0.0
+  reshard_seconds: float = 0.0
 
   def __post_init__(self) -> None:
     self.take_counts()
 
-  def take_counts(self) -> tuple[dict[str, int], float]:
-    """Tokens counted and seconds graded since this was last asked."""
-    taken = self.counts, self.grade_seconds
+  def take_counts(self) -> tuple[dict[str, int], dict[str, float]]:
+    """Tokens counted, and seconds per kind of work, since this was last asked."""
+    taken = self.counts, {"grade": self.grade_seconds, "reshard": self.reshard_seconds}
     self.counts = dict.fromkeys(("prefilled", "decoded", "unique", "slot_steps"), 0)
-    self.grade_seconds = 0.0
+    self.grade_seconds = self.reshard_seconds = 0.0
     return taken
+
+  def place(self, params: Params) -> Params:
+    """Parameters where the engine samples; those that are there already stay as they are."""
+    if self.mesh is None or sharding.is_on(params, self.mesh):
+      return params
+    started = time.perf_counter()
+    placed = jax.block_until_ready(sharding.move(params, self.mesh))
+    self.reshard_seconds += time.perf_counter() - started
+    return placed
+
+  def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+  def _shared_out(self, x: np.ndarray, filler: int = 0) -> np.ndarray:
+    """i32 rows, filled up to a number that all devices share."""
+    shards = 1 if self.mesh is None else sharding.row_shards(self.mesh)
+    return fill(x.astype(np.int32), -(-len(x) // shards) * shards, filler)
 
   def grade(self, prompts: Prompts, prompt: np.ndarray, samples: Samples) -> np.ndarray:
     """Rewards f32[B] of whole responses to prompts i[B]; the only place where text is made.
@@ -71,7 +97,9 @@ class Engine:
     """Encodes prompts i32[P, Lp]; rows of length 0 are fillers of the fixed shape."""
     self.counts["prefilled"] += int(lengths.sum())
     slots = tokens.shape[1] + self.response_tokens
-    return sampler.prefill(self.config, params, tokens, np.maximum(lengths, 1), slots=slots)
+    tokens, lengths = self._shared_out(tokens), self._shared_out(np.maximum(lengths, 1), 1)
+    with self._on_mesh():
+      return sampler.prefill(self.config, params, tokens, lengths, slots=slots)
 
   def grow(
     self,
@@ -87,12 +115,18 @@ class Engine:
     max_tokens: int,
     keep_cache: bool = False,
   ) -> tuple[Samples, Any, jax.Array]:
-    """`sampler.grow`, still on the device; `fetch` brings the samples over."""
-    return sampler.grow(
-      self.config, params, cache, parent.astype(np.int32), prefix.astype(np.int32),
-      token.astype(np.int32), stop_state.astype(np.int32), key, ids.astype(np.int32),
-      limit.astype(np.int32), self.sampling, max_tokens=max_tokens, keep_cache=keep_cache,
-    )  # fmt: skip
+    """`sampler.grow`, still on the device; `fetch` brings the samples over.
+
+    Fillers may follow the rows that were asked for.
+    """
+    if self.mesh is not None and not sharding.is_on(key, self.mesh):
+      key = sharding.move(key, self.mesh)
+    with self._on_mesh():
+      return sampler.grow(
+        self.config, params, cache, self._shared_out(parent), self._shared_out(prefix, 1),
+        self._shared_out(token), self._shared_out(stop_state), key, self._shared_out(ids),
+        self._shared_out(limit), self.sampling, max_tokens=max_tokens, keep_cache=keep_cache,
+      )  # fmt: skip
 
   def fetch(self, samples: Samples, steps: jax.Array) -> Samples:
     """Host copy of what was sampled, counted."""
@@ -131,7 +165,7 @@ def flat(
 
   Raises: ValueError where `engine.rows` does not hold the samples of one question.
   """
-  parts = []
+  params, parts = engine.place(params), []
   for prompt, response, _ in _respond(engine, params, prompts, samples, key, score):
     parts.append(
       Trajectories(
@@ -168,7 +202,7 @@ def chain(
   """
   own_key, continue_key = jax.random.split(key)
   max_segments = -(-engine.response_tokens // interval)
-  parts, estimated = [], 0
+  params, parts, estimated = engine.place(params), [], 0
   for prompt, response, cache in _respond(engine, params, prompts, samples, own_key, score):
     segment, starts = to_host(
       _cut(response.logprobs, response.lengths, threshold, interval, max_segments=max_segments)
@@ -211,7 +245,7 @@ def tree(
   Raises: ValueError where `engine.rows` does not hold the leaves of one.
   """
   at_once = _groups_at_once(engine, int(np.prod(branch_factors)), "leaves of a tree")
-  parts = []
+  params, parts = engine.place(params), []
   for first in range(0, len(prompts.lengths), at_once):
     rows = np.arange(first, min(first + at_once, len(prompts.lengths)))
     parts.append(
@@ -253,7 +287,7 @@ def _respond(
       np.zeros(len(parent)), key, ids, is_real * engine.response_tokens, engine.response_tokens,
       keep_cache=True,
     )  # fmt: skip
-    response = select(engine.fetch(drawn, steps), is_real)
+    response = select(engine.fetch(drawn, steps), np.flatnonzero(is_real))
     prompt = questions[parent[is_real]]
     if score is not None:
       response = response.replace(logprobs=score(prompts, prompt, response))
@@ -353,7 +387,7 @@ def _grow_trees(
       params, cache, parent, prefix[parent], token[parent], stop_state[parent],
       jax.random.fold_in(key, depth), ids, valid * max_tokens, max_tokens, keep_cache=not is_last,
     )  # fmt: skip
-    own = engine.fetch(drawn, steps)
+    own = select(engine.fetch(drawn, steps), slice(len(parent)))
     path = join(path.tokens[parent], path.lengths[parent], own)
     graded = np.flatnonzero(valid & (own.finished | is_last))
     rewards = np.zeros(len(parent), np.float32)

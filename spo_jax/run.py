@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from spo_jax import hf, model, runlog, sharding
-from spo_jax.checkpoint import Checkpoints
+from spo_jax.checkpoint import CheckpointError, Checkpoints
 from spo_jax.compiles import CompileCount
-from spo_jax.distributed import Preemption, is_alone, is_main, to_host
+from spo_jax.distributed import Preemption, is_alone, is_main, to_host, total
 from spo_jax.experiment import Experiment
 from spo_jax.model import Params
 from spo_jax.packing import EdgeBuffer
@@ -47,6 +47,18 @@ def state_template(
   return jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
   )
+
+
+def _only(directory: Path, template: Params) -> tuple[int, Params, dict[str, Any]]:
+  """Step and content of the one checkpoint of a directory; CheckpointError where it is lost."""
+  with Checkpoints(directory, keep=1) as checkpoints:
+    restored = checkpoints.restore_newest(template)
+  if restored is None:
+    raise CheckpointError(
+      f"{directory} holds no checkpoint. Copy it from where the run is whole, or start a new run."
+    )
+  step, params, counters, _ = restored
+  return step, params, counters
 
 
 class Run:
@@ -100,8 +112,7 @@ class Run:
     self.compiles.programs |= set(counters["programs"])
     self._totals, self._best_accuracy = counters["totals"], counters["best_accuracy"]
     if self._needs_reference:
-      with Checkpoints(self._reference_dir, keep=1) as checkpoints:
-        self.reference, _, _ = checkpoints.restore(0, template.params)
+      _, self.reference, _ = _only(self._reference_dir, template.params)
 
   @property
   def _needs_reference(self) -> bool:
@@ -118,9 +129,11 @@ class Run:
     is_last = iteration == config.train.iterations
     record = dict(figures)
     if iteration:
-      counts, clock.laps["time/grade_s"] = engine.take_counts()
+      counts, seconds = engine.take_counts()
+      clock.laps |= {f"time/{name}_s": value for name, value in seconds.items()}
       record |= {f"tokens/{name}": count for name, count in counts.items()}
-      record |= {f"grade/{name}": count for name, count in self.experiment.task.counters().items()}
+      graded = total(self.experiment.task.counters())
+      record |= {f"grade/{name}": count for name, count in graded.items()}
       self._totals["tokens"] += counts["prefilled"] + counts["decoded"] + record["tokens/trained"]
     if iteration % config.eval.every == 0 or is_last:
       accuracies, texts = self.experiment.test_accuracies(
@@ -168,10 +181,7 @@ class Run:
     if not self.experiment.config.eval.validation_problems:
       return self.state.params, {}
     template = state_template(self.experiment, self.optimizer).params
-    with Checkpoints(self._best_dir, keep=1) as checkpoints:
-      step = checkpoints.latest()
-      assert step is not None
-      params, counters, _ = checkpoints.restore(step, template)
+    step, params, counters = _only(self._best_dir, template)
     return params, {"best": {"iteration": step, **counters}}
 
   @property
@@ -195,15 +205,17 @@ class Run:
     """
     self.wait()
     params, best = self._best()
-    if not is_alone():
+    export = self.experiment.config.checkpoint.export
+    if export and not is_alone():
       params = to_host(params)
     if not is_main():
       return {}
-    if self.experiment.config.checkpoint.export:
-      hf.save_pretrained(
-        self.run_dir / "model", self.experiment.model_config, params, self.experiment.tokenizer,
-        self.experiment.engine.sampling.end_ids,
-      )  # fmt: skip
+    if export:
+      with runlog.writing(self.run_dir / "model"):
+        hf.save_pretrained(
+          self.run_dir / "model", self.experiment.model_config, params, self.experiment.tokenizer,
+          self.experiment.engine.sampling.end_ids,
+        )  # fmt: skip
     evaluated = [r for r in runlog.read_metrics(self.run_dir) if "eval/greedy_accuracy" in r]
     names = [name for _, name in runlog.ACCURACIES]
     summary = {

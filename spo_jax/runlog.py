@@ -1,12 +1,13 @@
 """A run's directory and what a person sees of it: metrics, samples, summary, progress, table."""
 
+import contextlib
 import json
 import math
 import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from rich.progress import (
   TimeRemainingColumn,
 )
 from rich.table import Table
+
+from spo_jax.tensorboard import EventFile
 
 
 class RunLog:
@@ -42,7 +45,8 @@ class RunLog:
     self._metrics = self.run_dir / "metrics.jsonl"
     self._samples = self.run_dir / "samples"
     self._samples.mkdir(parents=True, exist_ok=True)
-    self._writer: Any = None if tensorboard else _NoWriter()
+    self._has_events = tensorboard
+    self._events: EventFile | None = None
     self._purge_step: int | None = None
     self._wandb = _start_wandb(wandb_project, self.run_dir) if wandb_project else None
     if self._metrics.exists():
@@ -83,11 +87,12 @@ class RunLog:
       os.fsync(file.fileno())
     scalars = {key: value for key, value in record.items()
                if key != "iteration" and isinstance(value, int | float)}
-    # Opened here rather than at the start, so that it tells TensorBoard what a resume took back.
-    self._writer = self._writer or _tensorboard_writer(self.run_dir, self._purge_step)
-    for key, value in scalars.items():
-      self._writer.add_scalar(key, value, iteration)
-    self._writer.flush()
+    if self._has_events and self._events is None:
+      # Opened here rather than at the start, so that it tells TensorBoard what a resume took back.
+      self._events = _event_file(self.run_dir / "tensorboard", self._purge_step)
+      self._has_events = self._events is not None
+    if self._events is not None:
+      self._events.add_scalars(iteration, scalars)
     if self._wandb is not None:
       self._wandb.log(scalars, step=iteration)
 
@@ -102,11 +107,11 @@ class RunLog:
 
   def close(self) -> None:
     """Closes the writers; the files are complete without it."""
-    if self._writer is not None:
-      self._writer.close()
+    if self._events is not None:
+      self._events.close()
     if self._wandb is not None:
       self._wandb.finish()
-    self._writer = self._wandb = None
+    self._events = self._wandb = None
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -139,6 +144,22 @@ def write_atomic(path: Path, text: str) -> None:
   os.replace(temporary, path)
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+  """Around a library that writes `path`: its ways to say that the disk is full become OSError.
+
+  Raises: OSError, of one line.
+  """
+  try:
+    yield
+  except Exception as error:
+    # Libraries that are not Python's quote the system's words in a text of their own.
+    full = re.search("No space left on device|Disk quota exceeded|File too large", str(error))
+    if full is None:
+      raise
+    raise OSError(f"{path} could not be written: {full[0]}") from error
+
+
 def plain(value: Any) -> Any:
   """The value as JSON can hold it: arrays as numbers or lists, what is not finite as None.
 
@@ -158,27 +179,12 @@ def plain(value: Any) -> Any:
   raise TypeError(f"cannot log {value!r}: JSON has no {type(value).__name__}")
 
 
-class _NoWriter:
-  """Stands in where no TensorBoard writer is installed."""
-
-  def add_scalar(self, key: str, value: float, step: int) -> None: ...
-
-  def flush(self) -> None: ...
-
-  def close(self) -> None: ...
-
-
-def _tensorboard_writer(run_dir: Path, purge_step: int | None) -> Any:
+def _event_file(directory: Path, purge_step: int | None) -> EventFile | None:
   try:
-    from tensorboardX import SummaryWriter
+    return EventFile(directory, purge_step)
   except ImportError:
-    try:
-      from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-      print("warning: no TensorBoard files are written: pip install tensorboardX",
-            file=sys.stderr)
-      return _NoWriter()
-  return SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
+    print("warning: no TensorBoard files are written: pip install tensorboardX", file=sys.stderr)
+    return None
 
 
 def _start_wandb(project: str, run_dir: Path) -> Any:

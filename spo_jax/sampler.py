@@ -20,7 +20,7 @@ from flax import struct
 from spo_jax import model
 from spo_jax.compiles import program
 from spo_jax.config import ModelConfig
-from spo_jax.sharding import constrain
+from spo_jax.sharding import take_rows
 from spo_jax.structs import KVCache, Samples, Sampling
 
 
@@ -53,12 +53,8 @@ def fork(cache: KVCache, rows: jax.Array, lengths: jax.Array) -> KVCache:
   Args:
     rows: i32[B'], which row each new one continues; lengths: i32[B'], tokens to keep.
   """
-  def take(x: jax.Array) -> jax.Array:
-    return constrain(jnp.take(x, rows, axis=0), "cache")
-
-  return KVCache(
-    keys=tuple(map(take, cache.keys)), values=tuple(map(take, cache.values)), length=lengths
-  )
+  keys, values = take_rows((cache.keys, cache.values), rows, "cache")
+  return KVCache(keys=keys, values=values, length=lengths)
 
 
 def draw(keys: jax.Array, logits: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:

@@ -12,10 +12,11 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spo_jax.config import ConfigError, MeshConfig
+from spo_jax.config import ConfigError, MeshConfig, RolloutMeshConfig
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes over which rows are shared out
@@ -51,25 +52,46 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
   Raises: ConfigError where the devices do not make that mesh.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = {axis: getattr(config, axis) for axis in AXES}
-  asked = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
-  free = [axis for axis, size in sizes.items() if size == -1]
-  fixed = math.prod(abs(size) for size in sizes.values())
-  if len(free) > 1 or (free and len(devices) % fixed):
-    raise ConfigError(
-      f"{asked} cannot share out {len(devices)} devices: one axis may be -1, and the others must "
-      "divide them."
-    )
-  if free:
-    sizes[free[0]], fixed = len(devices) // fixed, len(devices)
-  if fixed > len(devices):
-    raise ConfigError(
-      f"{asked} asks for {fixed} devices, there are {len(devices)}. Lower one of them, or set one "
-      "to -1."
-    )
+  sizes = _sizes("mesh", {axis: getattr(config, axis) for axis in AXES}, len(devices))
   return jax.make_mesh(
-    tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:fixed]
+    sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[: math.prod(sizes)]
   )
+
+
+def make_rollout_mesh(config: RolloutMeshConfig, training: Mesh) -> Mesh:
+  """The mesh of rollouts: the devices of training in their order, shared out in another way.
+
+  Raises: ConfigError where it does not take all of them.
+  """
+  asked = {axis: getattr(config, axis) or training.shape[axis] for axis in AXES}
+  sizes = _sizes("rollout.mesh", asked, training.size)
+  if math.prod(sizes) != training.size:
+    raise ConfigError(
+      f"{_named('rollout.mesh', asked)} makes {math.prod(sizes)} devices, training "
+      f"has {training.size} and rollouts use the same. Set one of them to -1."
+    )
+  return Mesh(training.devices.reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _sizes(section: str, asked: dict[str, int], devices: int) -> tuple[int, ...]:
+  """The size of every axis, -1 filled up."""
+  free = [axis for axis, size in asked.items() if size == -1]
+  fixed = math.prod(abs(size) for size in asked.values())
+  if len(free) > 1 or (free and devices % fixed):
+    raise ConfigError(
+      f"{_named(section, asked)} cannot share out {devices} devices: one axis may be -1, and the "
+      "others must divide them."
+    )
+  if not free and fixed > devices:
+    raise ConfigError(
+      f"{_named(section, asked)} asks for {fixed} devices, there are {devices}. Lower one of them, "
+      "or set one to -1."
+    )
+  return tuple(devices // fixed if size == -1 else size for size in asked.values())
+
+
+def _named(section: str, sizes: dict[str, int]) -> str:
+  return ", ".join(f"{section}.{axis}={size}" for axis, size in sizes.items())
 
 
 def row_shards(mesh: Mesh | AbstractMesh) -> int:
@@ -90,6 +112,68 @@ def constrain(x: jax.Array, name: str) -> jax.Array:
   if mesh.empty or mesh.size == 1:
     return x
   return jax.lax.with_sharding_constraint(x, _fitting(ACTIVATIONS[name], x.shape, mesh.shape))
+
+
+def take_rows(tree: Any, rows: jax.Array, name: str) -> Any:
+  """Rows i32[B'] of every array of a tree, all laid out as `name` says, inside a program.
+
+  Rows whose source lies on their own device stay there, and nothing is sent. Where one does not,
+  the shards pass by every device in turn: an index that XLA partitions by itself would put all
+  rows of the tree on every device at once.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  first = jax.tree.leaves(tree)[0]
+  shards = 1 if mesh.empty else row_shards(mesh)
+  if shards == 1 or first.shape[0] % shards or rows.shape[0] % shards:
+    return jax.tree.map(lambda x: constrain(jnp.take(x, rows, axis=0), name), tree)
+  held = first.shape[0] // shards  # rows of one shard
+  onward = [((i + 1) % shards, i) for i in range(shards)]
+
+  def take(rows: jax.Array, tree: Any) -> Any:
+    here = jax.lax.axis_index(ROWS)
+    owner = rows // held
+    strangers = jax.lax.psum(jnp.any(owner != here).astype(jnp.int32), ROWS)
+    turns = jnp.where(strangers > 0, shards, 1)
+
+    def of_one(x: jax.Array) -> jax.Array:
+      def turn(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        passing = jax.lax.ppermute(carry[0], ROWS, onward)
+        source = (here + i) % shards
+        is_there = (owner == source).reshape(-1, *[1] * (x.ndim - 1))
+        found = jnp.take(passing, rows - source * held, axis=0, mode="clip")
+        return passing, jnp.where(is_there, found, carry[1])
+
+      own = jnp.take(x, rows - here * held, axis=0, mode="clip")
+      return jax.lax.fori_loop(1, turns, turn, (x, own))[1]
+
+    return jax.tree.map(of_one, tree)
+
+  specs = jax.tree.map(lambda x: _fitting(ACTIVATIONS[name], x.shape, mesh.shape), tree)
+  return jax.shard_map(take, in_specs=(P(ROWS), specs), out_specs=specs)(rows, tree)
+
+
+def is_on(params: Any, mesh: Mesh) -> bool:
+  """Whether parameters lie on this mesh, and no other one, as PARAMETERS says."""
+  pairs = zip(jax.tree.leaves(params), jax.tree.leaves(placements(params, mesh)))
+  return all(
+    getattr(x.sharding, "mesh", mesh) == mesh and x.sharding.is_equivalent_to(place, x.ndim)
+    for x, place in pairs
+  )
+
+
+def move(params: Any, mesh: Mesh) -> Any:
+  """Parameters laid out for another mesh of the same devices, without a way over the host.
+
+  `jax.device_put` would take that way within one process. One array moves at a time: XLA may put
+  the whole of it on every device in between.
+  """
+  return jax.tree.map(
+    lambda x, place: jax.jit(_identity, out_shardings=place)(x), params, placements(params, mesh)
+  )
+
+
+def _identity(x: Any) -> Any:
+  return x
 
 
 def place(tree: Any, name: str, mesh: Mesh) -> Any:

@@ -12,9 +12,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -100,7 +99,9 @@ def learn(run: Run, rows: TrainRows, iteration: int) -> dict[str, float]:
 
 
 # A resumed run may change these; anything else would make it another run.
-_RESUME_MAY_CHANGE = ("train.iterations", "eval.", "checkpoint.", "log.")
+_RESUME_MAY_CHANGE = (
+  "train.iterations", "eval.", "checkpoint.", "log.", "mesh.", "rollout.mesh.",
+)  # fmt: skip
 
 
 def open_run_dir(config: Config, config_path: Path, run_dir: Path | None, resume: bool) -> Path:
@@ -176,12 +177,6 @@ def plan(experiment: Experiment) -> str:
   ))  # fmt: skip
 
 
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-  with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-    yield
-
-
 def main(
   arguments: Sequence[str] | None = None,
   program: str = "train",
@@ -215,15 +210,20 @@ def main(
     distributed.wait_for_all("the run directory is checked")
     own_dir = distributed.own_directory(run_dir)
     log = runlog.RunLog(own_dir, project, config.log.tensorboard)
+    log.write_config(to_yaml(config))
   except (ConfigError, ValueError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
-  quiet = contextlib.nullcontext() if distributed.is_main() else _silence()
-  with log, contextlib.closing(experiment.task), quiet:
-    log.write_config(to_yaml(config))
-    print(to_yaml(config) + "\n" + plan(experiment), flush=True)
+  except OSError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+  with log, contextlib.closing(experiment.task), distributed.quiet_unless_main():
     try:
+      print(to_yaml(config) + "\n" + plan(experiment), flush=True)
       summary = finished(run_dir, config.train.iterations) or train(experiment, run_dir, log)
+      if summary:
+        runlog.final_table(summary, run_dir)
+        print(f"Report: {write_report(run_dir)}")
     except (KeyboardInterrupt, distributed.Preempted) as stop:
       print(f"Stopped; --resume --run-dir {run_dir} continues.", file=sys.stderr)
       is_ctrl_c = isinstance(stop, KeyboardInterrupt)
@@ -235,9 +235,6 @@ def main(
       print(f"error: {error}. What is saved is whole: mend that, and --resume --run-dir {run_dir} "
             "continues.", file=sys.stderr)  # fmt: skip
       return 1
-    if summary:
-      runlog.final_table(summary, run_dir)
-      print(f"Report: {write_report(run_dir)}")
   return 0
 
 

@@ -48,7 +48,7 @@ def warm_start(
     while step < settings.max_steps and accuracy < settings.target_accuracy:
       # The transition is fast: look more often once it has begun, and take smaller steps, to
       # stop near the target.
-      near = 2 * accuracy >= settings.target_accuracy
+      near = 4 * accuracy >= settings.target_accuracy
       every = max(settings.check_every // 5, 1) if near else settings.check_every
       step_size = settings.last_step_size if near else 1.0
       steps = min(every, settings.max_steps - step)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
 import pkgutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -66,25 +68,47 @@ def heeding_ctrl_c():
 
 @dataclasses.dataclass(frozen=True)
 class Stop:
-  """A signal that a run sends itself in front of the n-th call of a function, by its full name."""
+  """A signal that a run sends itself in front of the n-th call of a function, by its full name.
+
+  The absolute path of a directory stands for what Python does to the files in it. `delay` is
+  in seconds: the signal then comes from a clock, wherever the run is by then.
+  """
 
   function: str
   call: int = 1
   signal: int = signal.SIGKILL
+  delay: float = 0.0
 
   def install(self) -> None:
+    count = itertools.count(1)
+
+    def step():
+      if next(count) == self.call:
+        if self.delay:
+          threading.Timer(self.delay, self._send).start()
+        else:
+          self._send()
+
+    if self.function.startswith("/"):
+      sys.addaudithook(lambda event, args: step() if self._is_ours(event, args) else None)
+      return
     owner, _, name = self.function.rpartition(".")
     holder = pkgutil.resolve_name(owner)
-    original, calls = getattr(holder, name), 0
+    original = getattr(holder, name)
 
     def stopping(*args, **kwargs):
-      nonlocal calls
-      calls += 1
-      if calls == self.call:
-        os.kill(os.getpid(), self.signal)
+      step()
       return original(*args, **kwargs)
 
     setattr(holder, name, stopping)
+
+  def _send(self) -> None:
+    os.kill(os.getpid(), self.signal)
+
+  def _is_ours(self, event: str, args: tuple) -> bool:
+    is_file = event == "open" or event.startswith(("os.", "shutil."))
+    path = args[0] if is_file and args else None
+    return isinstance(path, str | os.PathLike) and os.fspath(path).startswith(self.function)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +157,6 @@ class Train:
 
 def serve(shared: Path) -> None:
   """Reads a request a line, forks a child for it and answers how that ended."""
-  import tensorboardX  # noqa: F401
-
   from spo_jax.tokenizer import character_tokenizer
 
   character_tokenizer("0")  # imports transformers

@@ -23,13 +23,14 @@ import jax
 import numpy as np
 import optax
 
-from spo_jax import algorithms, head, sharding
+from spo_jax import algorithms, head, sampler, sharding
 from spo_jax.config import load
 from spo_jax.experiment import build
 from spo_jax.packing import EdgeBuffer, optimiser_batches
 from spo_jax.update import init_state, policy_update
 
 MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2), (2, 1, 4))
+RESHARDED = (1, 8, 1), (4, 1, 2)  # meshes of training and of rollouts
 SETTINGS = [
   "model.hidden_size=32", "model.intermediate_size=64", "model.num_layers=1", "model.num_heads=4",
   "model.num_kv_heads=4", "model.tie_embeddings=false", "model.qkv_bias=true",
@@ -48,8 +49,11 @@ KEEP_GRADIENT = optax.GradientTransformation(
 )
 
 
-def run(mesh: tuple[int, int, int], out: Path) -> None:
+def run(
+  mesh: tuple[int, int, int], out: Path, rollout_mesh: tuple[int, int, int] = (0, 0, 0)
+) -> None:
   axes = [f"mesh.{axis}={size}" for axis, size in zip(sharding.AXES, mesh)]
+  axes += [f"rollout.mesh.{axis}={size}" for axis, size in zip(sharding.AXES, rollout_mesh)]
   kept: dict[str, np.ndarray] = {}
 
   def keep(name, tree):
@@ -63,6 +67,12 @@ def run(mesh: tuple[int, int, int], out: Path) -> None:
     state = init_state(params, KEEP_GRADIENT)
     facts: dict[str, object] = {"bytes_per_device": bytes_per_device(state)}
     reference = jax.tree.map(lambda x: x * 0.9, params)
+    with jax.transfer_guard("disallow_explicit"):
+      placed = experiment.engine.place(params)
+    assert experiment.engine.place(placed) is placed
+    facts["rollout_bytes_per_device"] = bytes_per_device(placed)
+    facts |= rollout_collectives(experiment, placed)
+    keep("forked", forked(places))
     for algorithm in ("tree", "chain"):
       of_kind = dataclasses.replace(
         experiment, config=dataclasses.replace(config, algorithm=algorithm)
@@ -70,6 +80,7 @@ def run(mesh: tuple[int, int, int], out: Path) -> None:
       buffer = EdgeBuffer(config.spo.edges_per_question, config.spo.max_edge_age)
       rows, _ = algorithms.collect(of_kind, params, experiment.questions(0, 8), 1, buffer)
       keep(algorithm, rows)
+    facts["reshard_seconds"] = experiment.engine.take_counts()[1]["reshard"]
 
     batch, used = next(iter(optimiser_batches(rows, 16, 8, 1, np.random.default_rng(0))))
     arguments = (
@@ -84,9 +95,38 @@ def run(mesh: tuple[int, int, int], out: Path) -> None:
     state, metrics = update(*arguments)
     facts["bytes_after"] = bytes_per_device(state)
     keep("update", (metrics, state.opt_state))
-  name = "x".join(map(str, mesh))
+  name = "x".join(map(str, mesh)) + "-resharded" * any(rollout_mesh)
   np.savez(out / f"{name}.npz", **kept)
   (out / f"{name}.json").write_text(json.dumps(facts))
+
+
+def rollout_collectives(experiment, params) -> dict[str, object]:
+  """Of the programs behind rollouts, by their name."""
+  engine, prompts, rows = experiment.engine, experiment.questions(0, 8), np.ones(16, np.int32)
+  cache = engine.prefill(params, prompts.tokens, prompts.lengths)
+  slots = cache.keys[0].shape[2]
+  with jax.set_mesh(engine.mesh):
+    prefill = sampler.prefill.lower(
+      engine.config, params, prompts.tokens, prompts.lengths, slots=slots
+    )
+    grow = sampler.grow.lower(
+      engine.config, params, cache, rows, rows, rows, rows, experiment.key(0), rows, rows,
+      engine.sampling, max_tokens=4, keep_cache=True,
+    )  # fmt: skip
+    programs = {"prefill": prefill.compile(), "grow": grow.compile()}
+  return {name: collectives(program.as_text()) for name, program in programs.items()}
+
+
+def forked(mesh) -> dict[str, jax.Array]:
+  """Caches of 8 rows grown into 16: children with their parents, anywhere, and of one parent."""
+  cells = np.arange(8 * 4 * 3 * 2, dtype=np.int32).reshape(8, 4, 3, 2)
+  cache = sharding.place(((cells,), (-cells,)), "cache", mesh)
+  parents = {
+    "near": np.repeat(np.arange(8), 2), "far": np.random.default_rng(0).integers(0, 8, 16),
+    "one": np.full(16, 5),
+  }  # fmt: skip
+  take = jax.jit(lambda cache, rows: sharding.take_rows(cache, rows, "cache"))
+  return {name: take(cache, rows) for name, rows in parents.items()}
 
 
 def bytes_per_device(tree) -> list[int]:
@@ -107,3 +147,5 @@ def collectives(text: str) -> list[tuple[str, list[int]]]:
 if __name__ == "__main__":
   for mesh in MESHES:
     run(mesh, Path(sys.argv[1]))
+  print("resharded", file=sys.stderr, flush=True)
+  run(RESHARDED[0], Path(sys.argv[1]), RESHARDED[1])

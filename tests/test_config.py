@@ -283,6 +283,7 @@ IMPOSSIBLE = [
   ("mesh.data=-2", "mesh.data=-2"),
   ("model.attention=flash", "model.attention=flash auto xla cudnn splash"),
   ("train.remat=layers", "train.remat=layers (did you mean layer?)"),
+  ("rollout.mesh.fsdp=-2", "rollout.mesh.fsdp=-2"),
   ("sft.batch_rows=10 sft.micro_batch_rows=4", "sft.batch_rows=10 sft.micro_batch_rows=4"),
   ('schedule=["5"]', "schedule 5"),
   ('schedule=["-1:spo.interval=2"]', "schedule -1:spo.interval=2"),

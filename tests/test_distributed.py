@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from spo_jax import distributed
@@ -31,8 +34,29 @@ SETTINGS = [
 ]  # fmt: skip
 
 
+# Compiles faster than it would run.
+FLAGS = "--xla_backend_optimization_level=0"
+ENVIRONMENT = os.environ | {
+  "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": CACHE.name,
+  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}  # fmt: skip
+
+
+def popen(command, environment):
+  return subprocess.Popen(
+    list(map(str, command)), env=ENVIRONMENT | environment, text=True, stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )  # fmt: skip
+
+
 def start(processes, config, run_dir, *options, settings=SETTINGS):
   """Starts the processes of a run, each with its share of the devices."""
+  run = ["train", "--config", config, "--run-dir", run_dir]
+  return start_command(processes, *run, *options, "--set", *settings)
+
+
+def start_command(processes, *command):
+  """Starts the processes of one command of spo_jax."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
@@ -42,21 +66,39 @@ def start(processes, config, run_dir, *options, settings=SETTINGS):
       "SPO_COORDINATOR": f"localhost:{port}", "SPO_PROCESSES": str(processes),
       "SPO_PROCESS_ID": str(i),
     }  # fmt: skip
-    environment = os.environ | (names if processes > 1 else {}) | {
-      "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes} "
-      "--xla_backend_optimization_level=0", "JAX_COMPILATION_CACHE_DIR": str(CACHE.name),
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }  # fmt: skip
-    command = [
-      sys.executable, "-m", "spo_jax.train", "--config", config, "--run-dir", run_dir, *options,
-      "--set", *settings,
-    ]  # fmt: skip
-    started.append(subprocess.Popen(
-      list(map(str, command)), env=environment, text=True, stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-    ))  # fmt: skip
+    share = f"--xla_force_host_platform_device_count={DEVICES // processes}"
+    program = [sys.executable, "-m", f"spo_jax.{command[0]}", *command[1:]]
+    started.append(
+      popen(program, {**(names if processes > 1 else {}), "XLA_FLAGS": f"{share} {FLAGS}"})
+    )
   return started
+
+
+def launch_local(config, run_dir, *options, settings=SETTINGS):
+  """Starts launch/local.sh, which starts two processes."""
+  script = ROOT / "launch" / "local.sh"
+  command = [
+    script, "--devices", DEVICES, "--config", config, "--run-dir", run_dir, *options,
+    "--set", *settings,
+  ]  # fmt: skip
+  return popen(command, {"PYTHON": sys.executable, "XLA_FLAGS": FLAGS})
+
+
+def wait_for_records(count, run_dir, process):
+  while not (run_dir / "metrics.jsonl").exists() or len(metrics(run_dir)) < count:
+    assert process.poll() is None, process.stderr.read()
+    time.sleep(0.05)
+
+
+def children_of(pid):
+  """Process ids by SPO_PROCESS_ID."""
+  found = {}
+  for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+    with contextlib.suppress(OSError):  # a `sleep` has ended since
+      environment = Path(f"/proc/{child}/environ").read_text()
+      if number := re.search(r"\0SPO_PROCESS_ID=(\d+)\0", environment):
+        found[int(number[1])] = int(child)
+  return found
 
 
 def finish(started):
@@ -81,9 +123,7 @@ def alone(config, shared):
 def test_two_processes_and_then_four_are_the_run_of_one(config, alone, tmp_path):
   """Two are stopped by SIGTERM to one of them, four go on."""
   started = start(2, config, tmp_path)
-  while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 3:
-    assert started[0].poll() is None, started[0].stderr.read()
-    time.sleep(0.05)
+  wait_for_records(3, tmp_path, started[0])
   started[1].send_signal(signal.SIGTERM)
   for code, _, err in finish(started):
     assert code == 143, err[-2000:]
@@ -97,23 +137,84 @@ def test_two_processes_and_then_four_are_the_run_of_one(config, alone, tmp_path)
   assert "Held-out accuracy" in results[0][1]
   for _, out, _ in results[1:]:  # one of them speaks, and the library that connects them
     assert all(line.startswith("[Gloo]") for line in out.splitlines())
-  ours, theirs = metrics(tmp_path, "compile/"), metrics(alone, "compile/")
+  assert_close_runs(tmp_path, alone)
+
+
+def assert_close_runs(run_dir, reference):
+  """Metrics up to the order in which devices sum; texts and accuracies exactly."""
+  ours, theirs = metrics(run_dir, "compile/"), metrics(reference, "compile/")
   assert len(ours) == len(theirs)
   for mine, expected in zip(ours, theirs):
     assert mine == pytest.approx(expected, abs=1e-5, rel=1e-5)
-  assert summary(tmp_path)["final"] == summary(alone)["final"]
-  for path in (alone / "samples").iterdir():
-    assert (tmp_path / "samples" / path.name).read_text() == path.read_text()
-  assert (tmp_path / "model" / "model.safetensors").exists()
+  assert summary(run_dir)["final"] == summary(reference)["final"]
+  for path in (reference / "samples").iterdir():
+    assert (run_dir / "samples" / path.name).read_text() == path.read_text()
+  assert (run_dir / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.devices
+def test_local_launch_stopped_by_sigterm_and_resumed_is_the_run_of_one(config, alone, tmp_path):
+  script = launch_local(config, tmp_path)
+  wait_for_records(3, tmp_path, script)
+  script.send_signal(signal.SIGTERM)
+  ((code, out, err),) = finish([script])
+  assert code == 143, err[-2000:]
+  assert "[0] Stopped; --resume" in out and "[1] Stopped; --resume" in out
+  assert 3 <= len(metrics(tmp_path)) < len(metrics(alone))
+
+  ((code, out, err),) = finish([launch_local(config, tmp_path, "--resume")])
+  assert (code, err) == (0, ""), out[-2000:]
+  assert "[0] Report: " in out and "[1] Report: " not in out
+  assert_close_runs(tmp_path, alone)
+
+
+@pytest.mark.devices
+def test_local_launch_ends_with_the_code_of_the_process_that_died(config, tmp_path):
+  script = launch_local(config, tmp_path, settings=[*SETTINGS, "train.iterations=100000"])
+  wait_for_records(1, tmp_path, script)
+  children = children_of(script.pid)
+  os.kill(children[1], signal.SIGKILL)
+  died = time.monotonic()
+  ((code, _, err),) = finish([script])
+  assert time.monotonic() - died < 30
+  assert code == 128 + signal.SIGKILL
+  assert "process 1 ended with exit code 137" in err
+  assert not Path(f"/proc/{children[0]}").exists()
+
+
+@pytest.mark.devices
+def test_an_evaluation_by_two_processes_is_that_of_one(alone, tmp_path):
+  """Its files are equal bit by bit, also where it goes on from what a kill has left."""
+  asked = ["evaluate", "--model", alone, "--samples", 2, "--limit", 18, "--temperature", 1]
+  one, two = tmp_path / "one", tmp_path / "two"
+  ((code, _, err),) = finish(start_command(1, *asked, "--output", one))
+  assert code == 0, err[-2000:]
+  for continued in (0, 8):
+    if continued:  # two of five chunks of 8 rows, and half a line
+      lines = (two / "samples.jsonl").read_bytes().splitlines(keepends=True)
+      (two / "samples.jsonl").write_bytes(b"".join(lines[:17]) + lines[17][:9])
+      (two / "summary.json").unlink()
+    (code, out, err), (other_code, other_out, other_err) = finish(
+      start_command(2, *asked, "--output", two)
+    )
+    assert code == other_code == 0, err[-2000:] + other_err[-2000:]
+    assert all(line.startswith("[Gloo]") for line in other_out.splitlines())
+    assert "18 questions x 2 samples" in out
+    assert sorted(path.name for path in two.iterdir()) == sorted(p.name for p in one.iterdir())
+    for name in ("samples.jsonl", "settings.json"):
+      assert (two / name).read_bytes() == (one / name).read_bytes()
+    told = {"seconds": 0, "continued_from": continued}
+    assert summary(two) | {"seconds": 0} == summary(one) | told
+  refused = finish(start_command(2, *asked, "--seed", 1, "--output", two))
+  for code, _, err in refused:
+    assert code == 2 and "seed=0, not 1" in err
 
 
 @pytest.mark.devices
 def test_a_process_that_dies_ends_the_others_within_a_minute(config, tmp_path):
   long = [*SETTINGS, "train.iterations=100000"]
   started = start(2, config, tmp_path, settings=long)
-  while not (tmp_path / "metrics.jsonl").exists():
-    assert started[0].poll() is None, started[0].stderr.read()
-    time.sleep(0.05)
+  wait_for_records(1, tmp_path, started[0])
   started[1].kill()
   died = time.monotonic()
   (code, _, err), _ = finish(started)
@@ -135,6 +236,15 @@ def test_an_environment_that_does_not_name_a_process_is_refused(monkeypatch, nam
     monkeypatch.setenv(name, value)
   with pytest.raises(ConfigError, match=said):
     distributed.initialize()
+
+
+def test_counts_of_all_processes_add_up(monkeypatch):
+  monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
+  monkeypatch.setattr(
+    distributed.multihost_utils, "process_allgather", lambda own: np.stack([own, 3 * own])
+  )
+  assert distributed.total({"timeouts": 2, "crashes": 0}) == {"timeouts": 8, "crashes": 0}
+  assert distributed.total({}) == {}
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])

@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FILES = sorted((ROOT / "spo_jax").rglob("*.py"))
 COMMANDS = sorted(
-  p.stem for p in (ROOT / "spo_jax").glob("*.py") if "\nif __name__ ==" in p.read_text()
+  [p.stem for p in (ROOT / "spo_jax").glob("*.py") if "\nif __name__ ==" in p.read_text()]
+  + [p.parent.name for p in (ROOT / "spo_jax").glob("*/__main__.py")]
 )
 
 DISTRIBUTION = {"orbax": "orbax-checkpoint", "yaml": "pyyaml"}  # where the import differs
-FALLBACKS = {"torch": "runlog writes TensorBoard files with it where tensorboardX is missing"}
 # A GPU machine that trains on generated tasks may lack these.
 NEEDED_LATE = {"datasets", "tensorboardx"}
 
@@ -63,7 +63,7 @@ def test_imports_are_declared(path):
   always, optional = declared(), declared(*PROJECT["optional-dependencies"])
   for name, is_late in imports(path):
     if is_late:
-      assert name in optional or name in FALLBACKS, f"declare {name} in pyproject.toml"
+      assert name in optional, f"declare {name} in pyproject.toml"
     else:
       assert name in always, f"declare {name} in pyproject.toml, or import it where it is used"
       assert name not in NEEDED_LATE, f"import {name} where it is used"
@@ -80,14 +80,14 @@ def test_lock_is_the_cpu_set_without_torch():
   assert not [name for name in locked() if name == "torch" or "nvidia" in name or "cuda" in name]
 
 
-def test_torch_is_locked_for_tests_alone_and_changes_nothing_else():
+def test_torch_and_libtpu_are_locked_for_tests_alone_and_change_nothing_else():
   parity = locked("requirements-parity.txt")
   assert {"torch": parity["torch"]} == {
     name: str(requirement.specifier).removeprefix("==")
     for name, requirement in declared("parity").items()
     if name == "torch"
   }
-  assert not parity.keys() & locked().keys()
+  assert "libtpu" in parity and not parity.keys() & locked().keys()
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -203,7 +203,9 @@ def test_a_damaged_checkpoint_is_passed_over(train, finished, config, copy, dama
   (copy / "summary.json").unlink()
   result = train(*command(config, copy, resume=True))
   assert result.code == 0, result.err
-  assert str(newest) in result.err and result.err.count("\n") == 1
+  # Threads of orbax may print beside it, whenever Python collects them.
+  [said] = [line for line in result.err.splitlines() if line.startswith("warning: ")]
+  assert str(newest) in said
   assert_same_run(copy, reference)
 
 
@@ -215,5 +217,6 @@ def test_a_run_of_which_no_checkpoint_can_be_read_says_so(train, config, copy):
   before = (copy / "metrics.jsonl").read_bytes()
   result = train(*command(config, copy, resume=True))
   assert result.code == 1
-  assert "can be read" in result.err.splitlines()[-1] and "Traceback" not in result.err
+  [said] = [line for line in result.err.splitlines() if line.startswith("error: ")]
+  assert "can be read" in said
   assert (copy / "metrics.jsonl").read_bytes() == before

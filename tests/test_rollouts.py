@@ -96,7 +96,7 @@ def test_samples_of_a_question_do_not_depend_on_the_questions_behind_it(rollout)
 def test_every_token_is_counted_once(rollout):
   engine = Recorder()
   out = rollout(engine)
-  counts, grade_seconds = engine.take_counts()
+  counts, seconds = engine.take_counts()
   lengths = [samples.lengths for samples in engine.fetched]
   grown = sum((limit > 0).sum() for *_, limit in engine.grown)  # others are fillers
   assert grown == (sum(x.sum() for x in out.valid) if rollout is tree else len(engine.graded))
@@ -104,8 +104,8 @@ def test_every_token_is_counted_once(rollout):
   assert counts["decoded"] == sum(x.sum() for x in lengths)
   assert counts["unique"] == counts["prefilled"] + counts["decoded"]  # none of it twice
   assert counts["slot_steps"] == sum(x.max() * len(x) for x in lengths)
-  assert grade_seconds > 0
-  assert engine.take_counts() == (dict.fromkeys(counts, 0), 0)
+  assert seconds["grade"] > 0 == seconds["reshard"]
+  assert engine.take_counts() == (dict.fromkeys(counts, 0), {"grade": 0, "reshard": 0})
 
 
 class PrefillsPerSample(Recorder):

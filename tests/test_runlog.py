@@ -1,8 +1,10 @@
 """The run directory survives kills, and says what happened to people and programs."""
 
+import contextlib
 import io
 import json
 import re
+import resource
 import signal
 import struct
 import subprocess
@@ -128,8 +130,6 @@ def test_a_record_is_on_the_disk_when_log_returns_even_after_sigkill(tmp_path):
 
 def test_every_record_is_forced_to_the_disk_before_the_next_step(tmp_path, monkeypatch):
   forced = []
-  monkeypatch.setitem(sys.modules, "tensorboardX", None)  # It forces its own files as well.
-  monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
   with RunLog(tmp_path) as log, monkeypatch.context() as patch:
     patch.setattr(runlog.os, "fsync", lambda _: forced.append(len(read_metrics(tmp_path))))
     log.log(0, {})
@@ -166,13 +166,17 @@ def test_resume_before_the_start_leaves_an_empty_run(tmp_path):
 
 
 def tensorboard_events(path):
-  """The events of one file: length u64, its checksum u32, the message, its checksum u32."""
+  """The events of one file, as tensorboardX understands them; checksums must fit."""
   from tensorboardX.proto.event_pb2 import Event
+  from tensorboardX.record_writer import masked_crc32c
 
   data, events = path.read_bytes(), []
   while data:
-    (length,) = struct.unpack_from("<Q", data)
-    events.append(Event.FromString(data[12 : 12 + length]))
+    length, length_sum = struct.unpack_from("<QI", data)
+    message = data[12 : 12 + length]
+    assert length_sum == masked_crc32c(data[:8])
+    assert struct.unpack_from("<I", data, 12 + length) == (masked_crc32c(message),)
+    events.append(Event.FromString(message))
     data = data[16 + length :]
   return events
 
@@ -181,19 +185,20 @@ def test_tensorboard_gets_finite_numbers_and_is_told_what_a_resume_took_back(tmp
   with RunLog(tmp_path) as log:
     log.resume_at(3)
     log.log(4, {"loss/policy": 0.5, "nan": float("nan"), "text": "a"})
+    log.log(300, {"count": -3, "µ": 1e10})
   [path] = (tmp_path / "tensorboard").iterdir()
   events = tensorboard_events(path)
   scalars = [
     (event.step, value.tag, value.simple_value) for event in events for value in event.summary.value
   ]
-  assert scalars == [(4, "loss/policy", 0.5)]
+  assert scalars == [(4, "loss/policy", 0.5), (300, "count", -3), (300, "µ", 1e10)]
+  assert all(abs(event.wall_time - time.time()) < 60 for event in events)
   starts = [event.step for event in events if event.HasField("session_log")]
   assert starts == [4]
 
 
-def test_without_a_tensorboard_writer_one_warning_is_printed(tmp_path, monkeypatch, capsys):
+def test_without_tensorboardx_one_warning_is_printed(tmp_path, monkeypatch, capsys):
   monkeypatch.setitem(sys.modules, "tensorboardX", None)
-  monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
   with RunLog(tmp_path) as log:
     log.log(0, {"x": 1})
     log.log(1, {"x": 2})
@@ -343,6 +348,57 @@ def test_figures_read_well(value, text):
 
 def test_plain_leaves_python_values_alone():
   assert plain({"a": [1, 2.5, "x", None, True]}) == {"a": [1, 2.5, "x", None, True]}
+
+
+@contextlib.contextmanager
+def full_disk(size):
+  """Files that have reached this many bytes cannot grow in here."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("tensorboard", [True, False])  # its file is the larger, and fills first
+def test_a_full_disk_is_heard_of_and_halves_no_record_for_good(tmp_path, tensorboard):
+  logged = 0
+  with RunLog(tmp_path, tensorboard=tensorboard) as log, full_disk(2000):
+    with pytest.raises(OSError, match="File too large"):
+      for i in range(200):
+        log.log(i, {f"a/{x}": x / 3 for x in range(5)})
+        logged += 1
+  with RunLog(tmp_path, tensorboard=tensorboard) as log:
+    log.resume_at(logged - 1)
+    log.log(logged, {})
+  assert [r["iteration"] for r in strict_lines(tmp_path / "metrics.jsonl")] == [*range(logged + 1)]
+  assert logged > 5
+
+
+def test_a_file_that_finds_no_space_keeps_its_old_content(tmp_path):
+  runlog.write_atomic(tmp_path / "a", "old")
+  with full_disk(100), pytest.raises(OSError):
+    runlog.write_atomic(tmp_path / "a", "new" * 100)
+  assert (tmp_path / "a").read_text() == "old"
+
+
+@pytest.mark.parametrize("error", [
+  ValueError("RESOURCE_EXHAUSTED: Error writing\nFailed to write 11602 bytes to file 8: "
+             "No space left on device [os_error_code='28']"),
+  OSError(28, "No space left on device", "file"),
+])  # fmt: skip
+def test_what_libraries_say_of_a_full_disk_becomes_one_line(tmp_path, error):
+  with pytest.raises(OSError, match="No space left") as raised, runlog.writing(tmp_path / "x"):
+    raise error
+  assert str(tmp_path / "x") in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_other_errors_of_libraries_are_left_alone(tmp_path):
+  error = ValueError("shapes differ")
+  with pytest.raises(ValueError) as raised, runlog.writing(tmp_path):
+    raise error
+  assert raised.value is error
 
 
 def test_no_event_files_are_written_where_tensorboard_is_off(tmp_path):

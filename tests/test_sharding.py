@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,18 +16,20 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from spo_jax import model, sharding
-from spo_jax.config import ConfigError, MeshConfig, ModelConfig
+from spo_jax.config import ConfigError, MeshConfig, ModelConfig, RolloutMeshConfig
 
 pytest_plugins = ["runs"]
 
 TESTS = Path(__file__).parent
 MESHES = ((8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2), (2, 1, 4))
+RESHARDED = "1x8x1-resharded"  # trained on this mesh, sampled on 4x1x2
 VOCABULARY = 264
 EMBEDDING = [VOCABULARY, 32]
+PROGRAMS = ("update", "prefill", "grow")
 
 
 def name_of(mesh):
-  return "x".join(map(str, mesh))
+  return mesh if isinstance(mesh, str) else "x".join(map(str, mesh))
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,7 @@ def measured(shared):
         [sys.executable, TESTS / "sharded.py", new], env=environment, capture_output=True, text=True
       )
       assert done.returncode == 0, done.stderr[-3000:]
+      (new / "stderr").write_text(done.stderr)
       new.rename(out)
 
   def read(mesh):
@@ -50,13 +54,14 @@ def measured(shared):
     with np.load(out / f"{name_of(mesh)}.npz") as arrays:
       return dict(arrays), facts
 
+  read.stderr = (out / "stderr").read_text
   return read
 
 
 @pytest.mark.devices
-@pytest.mark.parametrize("mesh", MESHES, ids=name_of)
+@pytest.mark.parametrize("mesh", [*MESHES, RESHARDED], ids=name_of)
 def test_sharded_equals_unsharded(measured, mesh):
-  """Sampled tokens, masks and rewards exactly; losses and gradients to 1e-5."""
+  """Sampled tokens, masks, rewards and forks exactly; losses and gradients to 1e-5."""
   expected, actual = measured((1, 1, 1))[0], measured(mesh)[0]
   assert actual.keys() == expected.keys()
   exact = [name for name, value in expected.items() if value.dtype.kind in "ib"]
@@ -80,17 +85,48 @@ def test_parameters_and_optimiser_state_are_shared_out(measured, mesh):
 
 
 @pytest.mark.devices
+@pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 1, 4)], ids=name_of)
-def test_without_fsdp_no_weight_is_gathered(measured, mesh):
-  gathered = [shape for kind, shape in measured(mesh)[1]["update"] if kind == "all-gather"]
+def test_without_fsdp_no_weight_is_gathered(measured, mesh, program):
+  gathered = [shape for kind, shape in measured(mesh)[1][program] if kind == "all-gather"]
   assert not [shape for shape in gathered if 32 in shape[-2:] and len(shape) == 2], gathered
 
 
 @pytest.mark.devices
+@pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("mesh", [(1, 4, 2), (2, 2, 2), (2, 1, 4)], ids=name_of)
-def test_where_the_vocabulary_is_shared_out_no_embedding_or_head_is_whole(measured, mesh):
-  gathered = [shape for kind, shape in measured(mesh)[1]["update"] if kind == "all-gather"]
-  assert EMBEDDING not in gathered and EMBEDDING[::-1] not in gathered
+def test_where_the_vocabulary_is_shared_out_no_embedding_or_head_is_whole(measured, mesh, program):
+  made = [shape for _, shape in measured(mesh)[1][program]]
+  assert EMBEDDING not in made and EMBEDDING[::-1] not in made
+
+
+@pytest.mark.devices
+@pytest.mark.parametrize("mesh", [*MESHES, RESHARDED], ids=name_of)
+def test_cache_rows_go_from_device_to_device_and_are_never_whole(measured, mesh):
+  """A shard of 8 rows, 4 heads, 96 slots and 8 channels may pass by; more may not."""
+  data, fsdp, tensor = (4, 1, 2) if mesh == RESHARDED else mesh
+  shard = [8 // (data * fsdp), 4 // tensor, 96, 8]
+  facts = measured(mesh)[1]
+  sent = [(kind, shape) for kind, shape in facts["grow"] if 96 in shape[2:3]]
+  assert sent == [("collective-permute", shard)] * 2  # keys and values of the one layer
+  assert not [shape for _, shape in facts["prefill"] if shape[2:] == shard[2:]]
+
+
+@pytest.mark.devices
+def test_xla_never_gives_up_on_a_layout(measured):
+  """It says so where it puts a whole array on every device, which only a move may do."""
+  assert "rematerialization" not in measured.stderr().partition("resharded")[0]
+
+
+@pytest.mark.devices
+def test_rollouts_in_another_layout_hold_the_parameters_in_it(measured):
+  """The move itself is made under a guard that forbids every copy by way of the host."""
+  whole = measured((1, 1, 1))[1]["rollout_bytes_per_device"][0]
+  facts, same = measured(RESHARDED)[1], measured((1, 8, 1))[1]
+  (held,) = set(facts["rollout_bytes_per_device"])
+  assert whole / 2 <= held <= whole / 2 + 0.02 * whole  # tensor=2
+  assert max(same["rollout_bytes_per_device"]) <= whole / 8 + 0.02 * whole
+  assert facts["reshard_seconds"] > 0 == same["reshard_seconds"]
 
 
 @pytest.mark.devices
@@ -121,6 +157,34 @@ def test_an_axis_of_minus_1_takes_the_devices_that_are_left(sizes, expected):
 def test_a_mesh_that_the_devices_do_not_make_is_refused(sizes, said):
   with pytest.raises(ConfigError, match=said):
     sharding.make_mesh(MeshConfig(*sizes))
+
+
+@pytest.mark.parametrize(
+  ("sizes", "expected"), [((0, 0, 0), (2, 4, 1)), ((0, 1, -1), (2, 1, 4)), ((8, 1, 0), (8, 1, 1))]
+)
+def test_the_mesh_of_rollouts_takes_the_devices_of_training_in_their_order(sizes, expected):
+  devices = np.arange(8).reshape(2, 4, 1)  # numbers will do
+  made = []
+  training = SimpleNamespace(shape=dict(zip(sharding.AXES, (2, 4, 1))), size=8, devices=devices)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sharding, "Mesh", lambda devices, *_, **__: made.append(devices))
+    sharding.make_rollout_mesh(RolloutMeshConfig(*sizes), training)
+  np.testing.assert_array_equal(made[0], np.arange(8).reshape(expected))
+
+
+@pytest.mark.parametrize(
+  ("sizes", "said"),
+  [
+    ((2, 2, 0), "rollout.mesh.data=2, rollout.mesh.fsdp=2, .* 4 devices, training has 8"),
+    ((0, 8, 0), "rollout.mesh.fsdp=8.* asks for 16 devices, there are 8"),
+    ((3, -1, 0), "rollout.mesh.data=3.* cannot share out 8 devices"),
+  ],
+)
+def test_a_mesh_of_rollouts_on_other_devices_than_training_is_refused(sizes, said):
+  with pytest.raises(ConfigError, match=said):
+    sharding.make_rollout_mesh(
+      RolloutMeshConfig(*sizes), jax.sharding.AbstractMesh((2, 4, 1), sharding.AXES)
+    )
 
 
 def test_every_parameter_of_every_family_has_its_place():

@@ -16,7 +16,7 @@ from spo_jax.experiment import Experiment, build
 def test_near_its_target_it_looks_more_often_and_takes_smaller_steps(monkeypatch, tmp_path):
   accuracies, sizes = iter([0.1, 0.3, 0.4, 0.6]), []
 
-  def step(config, optimizer, state, tokens, is_token, mask, step_size, micro_rows):
+  def step(config, optimizer, state, tokens, is_token, mask, step_size, **static):
     sizes.append(step_size)
     return state, np.float32(0)
 

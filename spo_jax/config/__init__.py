@@ -11,6 +11,7 @@ from spo_jax.config.schema import (
   ModelConfig,
   OptimizerConfig,
   RolloutConfig,
+  RolloutMeshConfig,
   RopeScaling,
   SFTConfig,
   TaskConfig,
@@ -19,6 +20,7 @@ from spo_jax.config.schema import (
 
 __all__ = [
   "Config", "ConfigError", "EvalConfig", "KLConfig", "MeshConfig", "ModelConfig",
-  "OptimizerConfig", "RolloutConfig", "RopeScaling", "SFTConfig", "TaskConfig", "TrainConfig",
-  "changed_keys", "check_context", "config_at", "known_keys", "load", "to_yaml", "validate",
+  "OptimizerConfig", "RolloutConfig", "RolloutMeshConfig", "RopeScaling", "SFTConfig", "TaskConfig",
+  "TrainConfig", "changed_keys", "check_context", "config_at", "known_keys", "load", "to_yaml",
+  "validate",
 ]  # fmt: skip

@@ -152,10 +152,11 @@ def _validate_ranges(config: Config) -> None:
   for key, low in minimum.items():
     if not low <= (value := get(config, key)) <= _LARGEST:  # False for NaN too
       raise ConfigError(f"{key}={value} must be a number from {low:g} to {_LARGEST}.")
-  for name, size in dataclasses.asdict(config.mesh).items():
-    if size != -1 and not 1 <= size <= _LARGEST:
-      raise ConfigError(f"mesh.{name}={size} is no number of devices. Set 1 or more, or -1 for all "
-                        "that are left.")  # fmt: skip
+  for section, low in (("mesh", 1), ("rollout.mesh", 0)):
+    for name, size in dataclasses.asdict(get(config, section)).items():
+      if size != -1 and not low <= size <= _LARGEST:
+        raise ConfigError(f"{section}.{name}={size} is no number of devices. Set {low} or more, or "
+                          "-1 for all that are left.")  # fmt: skip
   if config.rollout.temperature == 0:
     raise ConfigError("rollout.temperature=0 samples without exploring. Set it above 0, e.g. 0.6.")
   for section in ("optimizer", "sft.optimizer"):

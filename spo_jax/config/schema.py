@@ -90,6 +90,15 @@ class SPOConfig:
 
 
 @dataclass(frozen=True)
+class RolloutMeshConfig:
+  """How rollouts share out the devices of training; 0: as `mesh` does, -1: all that are left."""
+
+  data: int = 0
+  fsdp: int = 0
+  tensor: int = 0
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
   questions: int = 64  # per iteration
   samples: int = 8  # responses per question (chain, grpo, rloo)
@@ -101,6 +110,7 @@ class RolloutConfig:
   top_k: int = 0
   stop: tuple[str, ...] = ()  # strings that end a response, as end-of-text does
   recompute_logprobs: bool = False  # score with the trainer's forward instead of the sampler
+  mesh: RolloutMeshConfig = field(default_factory=RolloutMeshConfig)
 
 
 @dataclass(frozen=True)
@@ -146,7 +156,7 @@ class SFTConfig:
   target_accuracy: float = 1.0  # stop when greedy dev accuracy reaches this
   check_every: int = 25
   check_problems: int = 256
-  last_step_size: float = 1.0  # factor of the learning rate from half of target_accuracy on
+  last_step_size: float = 1.0  # factor of the learning rate from a quarter of the target on
   optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 

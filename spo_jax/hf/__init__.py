@@ -4,11 +4,11 @@ Neither torch nor transformers is needed. Whatever a folder asks for and the mod
 stops with one line: a model that loads computes what it should.
 """
 
-from spo_jax.hf.configs import ARCHITECTURES, end_ids, export_family, read_config
+from spo_jax.hf.configs import ARCHITECTURES, end_ids, export_family, parse_config, read_config
 from spo_jax.hf.load import load_pretrained
 from spo_jax.hf.save import save_pretrained
 
 __all__ = [
-  "ARCHITECTURES", "end_ids", "export_family", "load_pretrained", "read_config",
-  "save_pretrained",
+  "ARCHITECTURES", "end_ids", "export_family", "load_pretrained", "parse_config",
+  "read_config", "save_pretrained",
 ]  # fmt: skip

@@ -1,0 +1,105 @@
+#!/usr/bin/env bash
+# Train with several processes on this machine: each has its share of the devices.
+#
+#   launch/local.sh [options] --config FILE --run-dir DIR [arguments of spo_jax.train ...]
+#
+#   --processes N    how many (2)
+#   --devices N      of all processes together (as many as processes): virtual ones on the CPU,
+#                    GPUs with JAX_PLATFORMS=cuda
+#   --dry-run        print the commands, start nothing
+#
+# Its exit code is that of the first process that fails. Ctrl-C and SIGTERM are passed on.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# shellcheck source=launch/lib.sh
+source launch/lib.sh
+
+option=([processes]=2)
+read_options "processes devices" "" "$@"
+need_count processes
+processes=${option[processes]}
+option[devices]=${option[devices]-$processes}
+need_count devices
+((option[devices] % processes == 0)) ||
+  die "--devices ${option[devices]} is no multiple of --processes $processes"
+((${#rest[@]})) || die "--config FILE is missing"
+[[ -n $(value_of run-dir "${rest[@]}") ]] ||
+  die "--run-dir DIR is missing: the processes must agree on it"
+
+# Below the ports that the system hands out by itself.
+port=$((20000 + RANDOM % 12000))
+while (: <>"/dev/tcp/localhost/$port") 2>/dev/null; do port=$((port + 1)); done
+
+platform=${JAX_PLATFORMS:-cpu}
+share=$((option[devices] / processes))
+
+# command_of INDEX: sets `words`, the environment and command of a process.
+command_of() {
+  words=(
+    env "SPO_COORDINATOR=localhost:$port" "SPO_PROCESSES=$processes" "SPO_PROCESS_ID=$1"
+    "JAX_PLATFORMS=$platform"
+  )
+  if [[ $platform == cpu ]]; then
+    local flag="--xla_force_host_platform_device_count=$share"
+    words+=("XLA_FLAGS=${XLA_FLAGS:+$XLA_FLAGS }$flag")
+  else
+    words+=("CUDA_VISIBLE_DEVICES=$(seq -s, $(($1 * share)) $(($1 * share + share - 1)))")
+  fi
+  words+=("${PYTHON:-.venv/bin/python}" -m spo_jax.train "${rest[@]}")
+}
+
+if $DRY_RUN; then
+  for ((i = 0; i < processes; i++)); do
+    command_of "$i"
+    echo "$(quoted "${words[@]}") &"
+  done
+  echo wait
+  exit
+fi
+
+declare -A alive=()
+groups=() printers=()
+
+# To the processes alone: their grading workers must outlive the last iteration.
+pass_on() {
+  local pid
+  for pid in "${alive[@]}"; do kill -s "$1" "$pid" 2>/dev/null || true; done
+}
+trap 'pass_on INT' INT
+trap 'pass_on TERM' TERM
+
+for ((i = 0; i < processes; i++)); do
+  command_of "$i"
+  exec {out}> >(trap '' INT TERM; exec sed -u "s/^/[$i] /")
+  printers+=($!)
+  # Job control gives a process a group of its own; without it bash has it ignore Ctrl-C.
+  set -m
+  "${words[@]}" >&"$out" 2>&1 {out}>&- </dev/null &
+  set +m
+  alive[$i]=$!
+  groups+=($!)
+  exec {out}>&-
+done
+
+code=0 deadline=''
+while ((${#alive[@]})); do
+  for i in "${!alive[@]}"; do
+    kill -0 "${alive[$i]}" 2>/dev/null && continue
+    status=0
+    wait "${alive[$i]}" || status=$?
+    unset "alive[$i]"
+    ((status && !code)) || continue
+    code=$status
+    # 130 and 143: all were asked to stop, and the others are saving.
+    ((code == 130 || code == 143)) && continue
+    echo "$0: process $i ended with exit code $code; the others have 10 seconds" >&2
+    deadline=$((SECONDS + 10))
+  done
+  [[ -z $deadline ]] || ((SECONDS < deadline)) || pass_on KILL
+  sleep 0.1 || true
+done
+
+# Whatever they left behind, so that nothing holds a port or a pipe.
+for pid in "${groups[@]}"; do kill -KILL -- "-$pid" 2>/dev/null || true; done
+wait "${printers[@]}" 2>/dev/null || true
+exit "$code"

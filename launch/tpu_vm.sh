@@ -1,0 +1,128 @@
+#!/usr/bin/env bash
+# Train on a TPU VM slice with gcloud, in the project that it is configured for.
+#
+#   launch/tpu_vm.sh COMMAND --name NAME --zone ZONE [options] [--config FILE [arguments of
+#                    spo_jax.train ...]]
+#
+#   create   the slice; needs --type and --version
+#   setup    copy the committed repository (HEAD), install it
+#   train    on all workers, their logs on this terminal; needs --bucket, --run and --config
+#   run      all of these, and again after each preemption until the run is done
+#   delete   the slice; the bucket stays
+#
+#   --type TYPE       e.g. v5litepod-16       --version IMAGE   e.g. v2-alpha-tpuv5-lite
+#   --bucket BUCKET   its name; the checkpoints that outlive the slice lie there
+#   --run NAME        folder of the run in the bucket
+#   --spot            cheaper, and taken away without asking
+#   --dry-run         print the commands, run nothing
+#
+# The arguments of spo_jax.train get --run-dir and --resume from here.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# shellcheck source=launch/lib.sh
+source launch/lib.sh
+
+tpu=(gcloud compute tpus tpu-vm)
+
+# Steps are chained with &&: errexit does not hold where `run` asks for the exit code.
+create() {
+  run "${tpu[@]}" create "${where[@]}" --accelerator-type "${option[type]}" \
+    --version "${option[version]}" ${option[spot]:+--spot}
+}
+
+on_all_workers() {
+  run "${tpu[@]}" ssh "${where[@]}" --worker=all --command "$1"
+}
+
+setup() {
+  local archive=build/spo_jax.tar.gz
+  # The images bring Python 3.10, which is too old; uv brings its own.
+  # shellcheck disable=SC2016  # $HOME is the worker's
+  run mkdir -p build &&
+    run git archive --format=tar.gz -o "$archive" HEAD &&
+    run "${tpu[@]}" scp "$archive" "${option[name]}:spo_jax.tar.gz" --zone "${option[zone]}" \
+      --worker=all &&
+    on_all_workers 'set -e; mkdir -p spo_jax; tar -xzf spo_jax.tar.gz -C spo_jax; cd spo_jax
+python3 -m pip install -q --user uv
+[ -d .venv ] || $HOME/.local/bin/uv venv -q --python 3.12 .venv
+$HOME/.local/bin/uv pip install -q --python .venv/bin/python -e ".[tpu]"'
+}
+
+train() {
+  local bucket folder words
+  bucket=$(quoted "${option[bucket]}") folder=$(quoted "${option[run]}") words=$(quoted "$@")
+  # shellcheck disable=SC2016
+  on_all_workers 'set -e; mkdir -p $HOME/spo_runs; cd spo_jax; dir=$HOME/spo_runs/'"$folder"'
+mountpoint -q $HOME/spo_runs || gcsfuse --implicit-dirs '"$bucket"' $HOME/spo_runs
+resume=; [ ! -e "$dir/config.yaml" ] || resume=--resume
+SPO_DISTRIBUTED=auto JAX_PLATFORMS=tpu,cpu exec .venv/bin/python -m spo_jax.train '"$words"' \
+  --run-dir "$dir" $resume'
+}
+
+delete() {
+  run "${tpu[@]}" delete "${where[@]}" --quiet
+}
+
+state() {
+  "${tpu[@]}" describe "${where[@]}" --format='value(state)' 2>/dev/null || echo MISSING
+}
+
+until_done() {
+  local code now is_set_up=false
+  if $DRY_RUN; then
+    create; setup; train "$@"
+    echo "# exit code 0: done. Else the state of the slice decides:"
+    run "${tpu[@]}" describe "${where[@]}" --format='value(state)'
+    echo "# READY and 143: train again. PREEMPTED, TERMINATED or gone: delete, then all again"
+    delete
+    return
+  fi
+  trap 'exit 130' INT
+  while true; do
+    code=0
+    now=$(state)
+    if [[ $now != READY ]]; then
+      is_set_up=false
+      { [[ $now == MISSING ]] || delete; } && create || code=$?
+    fi
+    if ((!code)) && ! $is_set_up; then
+      setup && is_set_up=true || code=$?
+    fi
+    if ((!code)); then
+      train "$@" || code=$?
+      ((code)) || return 0
+    fi
+    now=$(state)
+    # A slice that is there, and neither SIGTERM nor a broken connection: it would fail again.
+    if [[ $now == READY ]] && ((code != 143 && code != 255)); then
+      echo "$0: failed with exit code $code; the slice stays, delete ends it" >&2
+      return "$code"
+    fi
+    echo "$0: stopped (exit code $code, slice $now); going on in a minute" >&2
+    sleep 60
+  done
+}
+
+task=${1-}
+case $task in
+  -h | --help) usage; exit ;;
+  create | setup | train | run | delete) shift ;;
+  *) die "'$task' is none of create, setup, train, run, delete" ;;
+esac
+read_options "name zone type version bucket run" spot "$@"
+need name zone
+where=("${option[name]}" --zone "${option[zone]}")
+if [[ $task == create || $task == run ]]; then
+  need type version
+fi
+if [[ $task == train || $task == run ]]; then
+  need bucket run
+  [[ ${option[bucket]} != */* ]] || die "--bucket '${option[bucket]}' must be a name, without gs://"
+  ((${#rest[@]})) || die "--config FILE is missing"
+  [[ -z $(value_of run-dir "${rest[@]}") ]] || die "--run-dir is the bucket's --run; leave it out"
+fi
+case $task in
+  train) train "${rest[@]}" ;;
+  run) until_done "${rest[@]}" ;;
+  *) "$task" ;;
+esac

@@ -1,0 +1,380 @@
+"""launch/: dry runs print the right commands, and several local processes live and die together."""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from runs import heeding_ctrl_c
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.sh") if path.name != "lib.sh")
+TRAIN = ["--config", "configs/laptop_tree.yaml", "--set", "prompts.text=a b's"]
+RUN_DIR = ["--run-dir", "runs/x"]
+
+TPU = ["--name", "pod", "--zone", "z", "--type", "v5litepod-16", "--version", "v2"]
+BUCKET = ["--bucket", "b", "--run", "tree"]
+GKE = [
+  "--name", "tree", "--image", "registry/spo:1", "--accelerator", "tpu-v5-lite-podslice",
+  "--topology", "4x4", "--hosts", "4", "--chips", "4", "--claim", "runs",
+]  # fmt: skip
+SLURM = ["--nodes", "2", "--gpus", "8"]
+
+
+def environment(**more):
+  """Ours, without what an outer launcher or test run has set."""
+  clean = {k: v for k, v in os.environ.items() if not k.startswith(("SPO_", "SLURM_", "XLA_"))}
+  return {**clean, "JAX_PLATFORMS": "cpu", "PYTHON": sys.executable, **more}
+
+
+def launch(script, *arguments, **more):
+  # From elsewhere, but for the one that sbatch copies: it is called in the repository root.
+  cwd = ROOT if script == "slurm_job.sh" else "/"
+  return subprocess.run(
+    [LAUNCH / script, *map(str, arguments)], capture_output=True, text=True, timeout=60,
+    env=environment(**more), cwd=cwd,
+  )  # fmt: skip
+
+
+def program(path, body):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(f"#!/bin/bash\n{body}\n")
+  path.chmod(0o755)
+  return str(path)
+
+
+def words_of(line):
+  """The words of a printed command, as bash reads them ($'a\\nb' too, which shlex does not)."""
+  script = f"words=({line}); printf '%s\\0' \"${{words[@]}}\""
+  done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+  return done.stdout.split("\0")[:-1]
+
+
+def dry_run(script, *arguments, **more):
+  done = launch(script, *arguments, **more)
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_the_header_and_names_every_option(script):
+  done = launch(script, "--help")
+  assert (done.returncode, done.stderr) == (0, "")
+  assert f"launch/{script}" in done.stdout and "set -e" not in done.stdout
+  read = re.search(r'^read_options "(.*?)" "?(.*?)"? "\$@"', (LAUNCH / script).read_text(), re.M)
+  options = [f"--{name}" for name in " ".join(read.groups()).split()] if read else []
+  assert [name for name in options if name not in done.stdout] == []
+  assert "--dry-run" in done.stdout
+
+
+@pytest.mark.parametrize(
+  ("command", "missing"),
+  [
+    (["local.sh"], "--config FILE"),
+    (["local.sh", "--devices", "4", "--verbose", *TRAIN], "--verbose is no option"),
+    (["local.sh", "4", *TRAIN], "'4' is no option"),
+    (["local.sh", *TRAIN], "--run-dir DIR"),
+    (["local.sh", "--processes"], "--processes needs a value"),
+    (["local.sh", "--processes", "0"], "--processes '0'"),
+    (["local.sh", "--processes", "2", "--devices", "3", *TRAIN, *RUN_DIR], "no multiple"),
+    (["slurm.sh", "--gpus", "8", *TRAIN, *RUN_DIR], "--nodes is missing"),
+    (["slurm.sh", "--nodes", "2", *TRAIN, *RUN_DIR], "--gpus is missing"),
+    (["slurm.sh", *SLURM], "--config FILE"),
+    (["slurm.sh", *SLURM, "--partition"], "--partition needs a value"),
+    (["slurm.sh", *SLURM, *TRAIN], "--run-dir DIR"),
+    (["slurm_job.sh", *TRAIN, *RUN_DIR], "not inside a Slurm job"),
+    (["tpu_vm.sh"], "none of create"),
+    (["tpu_vm.sh", "create", "--zone", "z"], "--name is missing"),
+    (["tpu_vm.sh", "create", "--name", "pod"], "--zone is missing"),
+    (["tpu_vm.sh", "create", "--name", "pod", "--zone", "z"], "--type is missing"),
+    (["tpu_vm.sh", "train", *TPU], "--bucket is missing"),
+    (["tpu_vm.sh", "train", *TPU, "--bucket", "gs://b", "--run", "r"], "without gs://"),
+    (["tpu_vm.sh", "train", *TPU, *BUCKET], "--config FILE"),
+    (["tpu_vm.sh", "run", *TPU, *BUCKET, *TRAIN, *RUN_DIR], "leave it out"),
+    (["gke.sh", "apply"], "--name is missing"),
+    (["gke.sh", "apply", "--name", "A_b"], "--name 'A_b'"),
+    (["gke.sh", "apply", *GKE[:-2], *TRAIN], "--claim is missing"),
+    (["gke.sh", "apply", *GKE], "--config FILE"),
+    (["gke.sh", "apply", *GKE, *TRAIN, *RUN_DIR], "leave it out"),
+    (["gke.sh", "apply", *GKE, "--image", 'a"b', *TRAIN], "no plain word"),
+  ],
+)
+def test_a_wrong_command_line_ends_with_one_line_and_code_2(command, missing):
+  done = launch(*command)
+  assert (done.returncode, done.stdout) == (2, "")
+  assert missing in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_local_dry_run_gives_each_process_its_share_of_the_devices():
+  lines = dry_run(
+    "local.sh", "--dry-run", "--processes", 2, "--devices", 8, *TRAIN, *RUN_DIR, XLA_FLAGS="--x"
+  ).splitlines()
+  assert lines[2:] == ["wait"]
+  for index, line in enumerate(lines[:2]):
+    words = shlex.split(line)
+    assert words[-1] == "&" and words[-len(TRAIN) - 3 : -3] == TRAIN
+    assert {f"SPO_PROCESS_ID={index}", "SPO_PROCESSES=2"} < set(words)
+    assert "XLA_FLAGS=--x --xla_force_host_platform_device_count=4" in words
+    assert any(re.fullmatch(r"SPO_COORDINATOR=localhost:\d+", word) for word in words)
+
+
+def test_local_dry_run_divides_gpus():
+  out = dry_run(
+    "local.sh", "--dry-run", "--devices", 4, *TRAIN, *RUN_DIR, JAX_PLATFORMS="cuda"
+  ).splitlines()
+  assert [re.search(r"CUDA_VISIBLE_DEVICES=(\S+)", shlex.join(shlex.split(line)))[1]
+          for line in out[:2]] == ["0,1", "2,3"]  # fmt: skip
+
+
+def test_slurm_dry_run_asks_for_requeue_and_an_early_sigterm():
+  words = shlex.split(dry_run("slurm.sh", "--dry-run", *SLURM, *TRAIN, *RUN_DIR))
+  assert words[0] == "sbatch" and words[words.index("launch/slurm_job.sh") + 1 :] == TRAIN + RUN_DIR
+  assert {"--requeue", "--signal=TERM@120", "--nodes=2", "--gpus-per-node=8",
+          "--ntasks-per-node=1", "--open-mode=append"} < set(words)  # fmt: skip
+
+
+def fake_programs(folder, **programs):
+  """The PATH on which these stand in for the real ones."""
+  for name, body in programs.items():
+    program(folder / name, body)
+  return f"{folder}:{os.environ['PATH']}"
+
+
+@pytest.fixture
+def slurm(tmp_path):
+  """Environment of a job whose processes fail with $CODE and whose scontrol logs requeues."""
+  return dict(
+    PATH=fake_programs(
+      tmp_path / "bin",
+      srun='shift; SLURM_PROCID=1 exec "$@"',
+      scontrol='[[ $1 == show ]] && printf "n1\\nn2\\n" || echo "scontrol $*"',
+    ),
+    PYTHON=program(
+      tmp_path / "python",
+      'echo "$SPO_COORDINATOR $SPO_PROCESSES $SPO_PROCESS_ID $JAX_PLATFORMS"\n'
+      'printf "%s\\n" "$@"; exit ${CODE:-0}',
+    ),
+    SLURM_JOB_ID="10007", SLURM_JOB_NODELIST="n[1-2]", SLURM_JOB_NUM_NODES="2",
+  )  # fmt: skip
+
+
+def test_slurm_job_takes_the_first_host_and_resumes_only_a_run_that_exists(slurm, tmp_path):
+  arguments = [*TRAIN, "--run-dir", str(tmp_path / "run")]
+  expected = ["n1:20007 2 1 cpu", "-m", "spo_jax.train", *arguments]
+  assert launch("slurm_job.sh", *arguments, **slurm).stdout.splitlines() == expected
+  (tmp_path / "run").mkdir()
+  (tmp_path / "run" / "config.yaml").touch()
+  expected.append("--resume")
+  assert launch("slurm_job.sh", *arguments, **slurm).stdout.splitlines() == expected
+  printed = words_of(dry_run("slurm_job.sh", "--dry-run", *arguments, **slurm))
+  assert printed[:2] == ["srun", "--kill-on-bad-exit=0"] and printed[-len(expected) + 1:] == (
+    expected[1:])
+
+
+@pytest.mark.parametrize("code", [0, 1, 143])
+def test_slurm_job_requeues_itself_after_143_alone(slurm, code):
+  done = launch("slurm_job.sh", *TRAIN, *RUN_DIR, CODE=str(code), **slurm)
+  assert done.returncode == code
+  assert ("scontrol requeue 10007" in done.stdout) == (code == 143)
+
+
+def test_slurm_job_that_is_told_to_stop_waits_for_its_processes(slurm, tmp_path):
+  slurm["PYTHON"] = program(tmp_path / "python", "echo up; sleep 2; echo saved; exit 143")
+  job = subprocess.Popen(
+    [LAUNCH / "slurm_job.sh", *TRAIN, *RUN_DIR], stdout=subprocess.PIPE, text=True, cwd=ROOT,
+    env=environment(**slurm),
+  )  # fmt: skip
+  assert job.stdout.readline() == "up\n"
+  job.send_signal(signal.SIGTERM)
+  out, _ = job.communicate(timeout=30)
+  assert out.splitlines() == ["saved", "scontrol requeue 10007"]
+  assert job.returncode == 143
+
+
+def test_tpu_dry_run_creates_copies_installs_trains_and_deletes():
+  out = dry_run("tpu_vm.sh", "run", "--dry-run", "--spot", *TPU, *BUCKET, *TRAIN)
+  verbs = re.findall(r"^gcloud compute tpus tpu-vm (\w+)", out, re.M)
+  assert verbs == ["create", "scp", "ssh", "ssh", "describe", "delete"]
+  lines = [words_of(line) for line in out.splitlines() if line.startswith("gcloud")]
+  assert {"--spot", "--accelerator-type", "v5litepod-16", "--version", "v2"} < set(lines[0])
+  assert all({"pod", "z"} < set(line) for line in lines if line[4] != "scp")
+  assert all("--worker=all" in line for line in lines[1:4])
+  assert "git archive" in out and "[tpu]" in lines[2][-1]
+
+
+def test_tpu_worker_command_survives_its_quoting_and_resumes(tmp_path):
+  out = dry_run("tpu_vm.sh", "train", "--dry-run", *TPU, *BUCKET, *TRAIN)
+  command = words_of(out)[-1]
+  path = fake_programs(tmp_path / "bin", gcsfuse="exit 0", mountpoint="exit 0")
+  program(
+    tmp_path / "spo_jax" / ".venv" / "bin" / "python",
+    'printf "%s\\n" "$SPO_DISTRIBUTED" "$@"',
+  )
+
+  def worker():
+    return subprocess.run(
+      ["bash", "-c", command], cwd=tmp_path, env={"HOME": str(tmp_path), "PATH": path},
+      capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+
+  run_dir = tmp_path / "spo_runs" / "tree"
+  expected = ["auto", "-m", "spo_jax.train", *TRAIN, "--run-dir", str(run_dir)]
+  assert worker() == expected
+  run_dir.mkdir(parents=True)
+  (run_dir / "config.yaml").touch()
+  assert worker() == [*expected, "--resume"]
+
+
+# codes: of the ssh commands, the first of which installs; states: what `describe` answers.
+@pytest.mark.parametrize(
+  ("codes", "states", "verbs", "code"),
+  [
+    ("0 0", "READY", "scp ssh ssh", 0),
+    ("0 0", "MISSING", "create scp ssh ssh", 0),
+    ("0 143 0", "READY READY READY", "scp ssh ssh ssh", 0),
+    ("255 0 0", "MISSING READY READY", "create scp ssh scp ssh ssh", 0),
+    ("0 1 0 0", "READY PREEMPTED PREEMPTED", "scp ssh ssh delete create scp ssh ssh", 0),
+    ("0 2", "READY READY", "scp ssh ssh", 2),
+  ],
+)
+def test_tpu_run_recreates_a_preempted_slice_and_stops_at_a_failure(
+  tmp_path, codes, states, verbs, code
+):
+  for name, text in (("codes", codes), ("states", states)):
+    (tmp_path / name).write_text(text.replace(" ", "\n") + "\n")
+  gcloud = (
+    'pop() { head -n1 "$T/$1"; sed -i 1d "$T/$1"; }\n'
+    '[[ $4 != describe ]] || { pop states; exit; }\necho "did $4"\n'
+    '[[ $4 != ssh ]] || exit "$(pop codes)"'
+  )
+  path = fake_programs(tmp_path / "bin", gcloud=gcloud, sleep="", git="", mkdir="")
+  done = launch("tpu_vm.sh", "run", *TPU, *BUCKET, *TRAIN, PATH=path, T=str(tmp_path))
+  assert re.findall(r"did (\w+)", done.stdout) == verbs.split()
+  assert done.returncode == code, done.stderr
+
+
+def test_jobset_runs_one_pod_per_host_and_does_not_count_preemptions():
+  out = dry_run("gke.sh", "apply", "--dry-run", *GKE, *TRAIN, "--set", 'a="&\\')
+  command, text = out.split("\n", 1)
+  assert command == "kubectl apply -f - <<'EOF_JOBSET'"
+  (job_set,) = yaml.safe_load_all(text.rsplit("\nEOF_JOBSET", 1)[0])
+  assert "__" not in text
+  assert (job_set["apiVersion"], job_set["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+  assert job_set["metadata"]["name"] == "tree"
+  (replicated,) = job_set["spec"]["replicatedJobs"]
+  job = replicated["template"]["spec"]
+  assert (replicated["replicas"], job["completions"], job["parallelism"]) == (1, 4, 4)
+  assert job["backoffLimit"] == 0
+  (rule,) = job_set["spec"]["failurePolicy"]["rules"]
+  assert rule == {
+    "action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": ["PodFailurePolicy"]
+  }  # fmt: skip
+  disruption, exit_code = job["podFailurePolicy"]["rules"]
+  assert disruption["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+  assert exit_code["onExitCodes"]["values"] == [143]
+  pod = job["template"]["spec"]
+  assert pod["restartPolicy"] == "Never" and pod["terminationGracePeriodSeconds"] >= 120
+  assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x4"
+  (container,) = pod["containers"]
+  assert container["args"] == [*TRAIN, "--set", 'a="&\\']
+  assert container["resources"]["limits"] == {"google.com/tpu": 4}
+  assert {"name": "SPO_DISTRIBUTED", "value": "auto"} in container["env"]
+  assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "runs"
+
+
+def test_the_jobset_template_itself_is_yaml():
+  (template,) = yaml.safe_load_all((LAUNCH / "gke_jobset.yaml").read_text())
+  assert template["kind"] == "JobSet"
+
+
+def test_gke_logs_and_delete_name_the_job_set():
+  assert "jobset.sigs.k8s.io/jobset-name=tree" in dry_run(
+    "gke.sh", "logs", "--name", "tree", "--dry-run"
+  )
+  assert dry_run("gke.sh", "delete", "--name", "tree", "--dry-run") == (
+    "kubectl delete jobset tree\n"
+  )
+
+
+@pytest.fixture
+def local(tmp_path):
+  """local(BODY, *options) starts launch/local.sh with this in place of python."""
+  started = []
+
+  def start(body, *options):
+    command = [LAUNCH / "local.sh", *options, *TRAIN, *RUN_DIR]
+    env = environment(PYTHON=program(tmp_path / "python", body))
+    with heeding_ctrl_c():
+      started.append(subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+      ))  # fmt: skip
+    return started[-1]
+
+  yield start
+  for process in started:
+    process.kill()
+
+
+def test_local_processes_get_their_number_and_their_lines_a_prefix(local):
+  stub = 'echo "$SPO_PROCESS_ID of $SPO_PROCESSES at $SPO_COORDINATOR, $4"; echo bad >&2'
+  script = local(stub, "--processes", "3")
+  out, err = script.communicate(timeout=30)
+  assert script.returncode == 0, err
+  lines = sorted(out.splitlines())
+  port = re.search(r"localhost:(\d+)", lines[0])[1]
+  assert lines == sorted(
+    line
+    for i in range(3)
+    for line in (f"[{i}] {i} of 3 at localhost:{port}, {TRAIN[1]}", f"[{i}] bad")
+  )
+
+
+def test_local_kills_what_is_left_when_a_process_dies_and_returns_its_code(local):
+  # Process 0 ends by itself, 2 has to be killed, and with it a child that holds its output.
+  stub = (
+    "case $SPO_PROCESS_ID in\n0) sleep 3; echo also gone; exit 9 ;;\n1) sleep 1; exit 7 ;;\nesac\n"
+    "trap '' TERM; sleep 60 & wait"
+  )
+  start = time.monotonic()
+  script = local(stub, "--processes", "3")
+  out, err = script.communicate(timeout=30)
+  assert script.returncode == 7
+  assert "process 1 ended with exit code 7" in err and "process 0" not in err
+  assert out == "[0] also gone\n"
+  assert 9 < time.monotonic() - start < 25
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_local_passes_a_signal_on_once_and_waits(local, number, code):
+  name = number.name.removeprefix("SIG")
+  # Process 1 needs longer to save than process 0, and must be left alone meanwhile.
+  script = local(
+    f"trap 'asked=1$asked' {name}; trap 'asked=twice' {'INT' if name == 'TERM' else 'TERM'}; "
+    "echo up; until [[ -n $asked ]]; do sleep 0.1; done; sleep $SPO_PROCESS_ID; "
+    f"echo saved $asked; exit {code}"
+  )
+  assert {script.stdout.readline() for _ in range(2)} == {"[0] up\n", "[1] up\n"}
+  script.send_signal(number)
+  out, _ = script.communicate(timeout=30)
+  assert sorted(out.splitlines()) == ["[0] saved 1", "[1] saved 1"]
+  assert script.returncode == code
+
+
+def shellcheck():
+  beside = Path(sys.executable).with_name("shellcheck")
+  return str(beside) if beside.exists() else shutil.which("shellcheck")
+
+
+@pytest.mark.skipif(not shellcheck(), reason="shellcheck is in the extra lint")
+def test_scripts_are_shellcheck_clean():
+  files = sorted(path.relative_to(ROOT) for path in LAUNCH.glob("*.sh"))
+  done = subprocess.run([shellcheck(), "-x", *files], cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0, done.stdout

@@ -1,0 +1,203 @@
+"""The planner as a command: programs compiled for virtual devices, and for TPUs without one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spo_jax import sharding
+from spo_jax.config import MeshConfig, ModelConfig, load
+from spo_jax.plan.__main__ import main
+from spo_jax.plan.compiling import Compiler
+from spo_jax.plan.programs import Programs
+
+ROOT = Path(__file__).parents[1]
+
+TINY = """
+algorithm: tree
+model: {hidden_size: 16, intermediate_size: 32, num_layers: 2, num_heads: 2, num_kv_heads: 2}
+spo: {branch_factors: [2, 2], segment_tokens: 4, edges_per_iteration: 32}
+rollout: {questions: 4, rows: 16, max_prompt_tokens: 8, max_response_tokens: 16}
+train: {batch_rows: 32, micro_batch_rows: 32}
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+  file = tmp_path_factory.mktemp("plan") / "tiny.yaml"
+  file.write_text(TINY)
+  return file
+
+
+def command(*arguments):
+  path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+  environment = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+  return subprocess.run(
+    [sys.executable, "-m", "spo_jax.plan", *map(str, arguments)], env=environment,
+    capture_output=True, text=True,
+  )  # fmt: skip
+
+
+PROGRAMS = [
+  "prefill", "grow level 1", "grow level 2", "update", "evaluate: prefill", "evaluate: grow",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def fitting(tiny):
+  done = command("--config", tiny, "--topology", "cpu:8", "--hbm", 1, "--json")
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout)
+
+
+def test_a_run_that_fits(fitting):
+  assert fitting["fits"] and fitting["search"] is None
+  assert (fitting["chips"], fitting["topology"]) == (8, "cpu:8")
+  plan = fitting["as_configured"]
+  assert plan["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
+  assert [program["name"] for program in plan["programs"]] == PROGRAMS
+  for program in plan["programs"]:
+    assert program["bytes"]["peak"] > program["bytes"]["parameters"] > 0
+    assert program["flops"] > 0 and program["bytes_moved"] > 0
+    assert program["seconds"] is None  # a CPU has no public peaks
+    assert program["layers_compiled"] == [2]
+
+
+def test_bytes_of_the_state_by_hand(fitting):
+  """Replicated float32; AdamW's two moments and a count; no reference without a KL term."""
+  update = next(p for p in fitting["as_configured"]["programs"] if p["name"] == "update")
+  parameters = 4 * fitting["model"]["parameters"]
+  assert update["bytes"]["parameters"] == parameters
+  assert 2 * parameters < update["bytes"]["optimiser"] <= 2 * parameters + 8
+  assert update["bytes"]["reference"] == 0
+
+
+def test_bytes_of_the_cache_by_hand(fitting):
+  """Layers * 2 * heads * slots * width * 4 bytes a row, and the length of every row on each chip;
+  4 questions are filled up to 8 rows for 8 chips."""
+  row = 2 * 2 * 2 * 24 * 8 * 4
+  held = {p["name"]: p["bytes"]["kv_cache"] for p in fitting["as_configured"]["programs"]}
+  assert held["prefill"] == row + 8 * 4
+  assert held["grow level 1"] == (1 + 1) * row + (8 + 8) * 4
+  assert held["grow level 2"] == (1 + 2) * row + (8 + 16) * 4
+
+
+def test_gradients_are_summed_over_the_rows_of_all_chips(fitting):
+  """An all-reduce of every parameter for the only micro-batch, and one or two more of the head."""
+  update = next(p for p in fitting["as_configured"]["programs"] if p["name"] == "update")
+  gradients = 2 * 4 * fitting["model"]["parameters"] * 7 / 8
+  assert gradients <= update["collective_bytes"]["all-reduce"] <= 3 * gradients
+
+
+def test_a_fork_sends_caches_only_where_children_leave_their_parents(fitting):
+  """4 parents on 8 chips: some children lie elsewhere. 8 parents: each has 2 on its own chip."""
+  sent = {p["name"]: p["collective_bytes"] for p in fitting["as_configured"]["programs"]}
+  assert sent["grow level 1"]["collective-permute"] > 0
+  assert sent["grow level 2"].get("collective-permute", 0) == 0
+
+
+def test_a_run_that_does_not_fit_says_what_to_change(tiny, fitting):
+  """A limit just below the peak: parameters are shared out."""
+  (prefill,) = (p for p in fitting["as_configured"]["programs"] if p["name"] == "prefill")
+  limit = 0.9 * prefill["bytes"]["peak"] / 2**30
+  done = command("--config", tiny, "--topology", "cpu:8", "--hbm", limit, "--only", "prefill")
+  assert done.returncode == 3, done.stderr
+  assert "does not fit: prefill takes 0.00 of 0.00 GiB" in done.stdout
+  assert "To make it fit: --set mesh.data=1 mesh.fsdp=8" in done.stdout
+  assert "GiB per chip" in done.stdout
+
+
+def test_a_run_that_cannot_fit_ends_with_3(tiny):
+  """Its 15 rows, which 2 chips cannot share out, are moved to 16 first."""
+  done = command(
+    "--config", tiny, "--topology", "cpu:2", "--hbm", 1e-6, "--json", "--only", "prefill",
+    "--set", "rollout.rows=15",
+  )  # fmt: skip
+  result = json.loads(done.stdout)
+  assert (done.returncode, result["fits"], result["as_configured"]) == (3, False, None)
+  assert "rollout.rows=15 cannot be shared out" in result["cannot_run"]
+  search = result["search"]
+  assert search["steps"][0]["change"] == {
+    "mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 1, "rollout.rows": 16,
+  }  # fmt: skip
+  assert (search["fits"], search["plan"]) == (False, None) and len(search["steps"]) > 2
+
+
+@pytest.mark.parametrize(
+  ("arguments", "said"),
+  [
+    (["--topology", "v9:4x4"], "--topology v9:4x4"),
+    (["--topology", "cpu:8", "--hbm", "-1"], "--hbm -1"),
+    (["--set", "model.num_heads=3"], "model.num_heads=3"),
+    (["--only", "drow"], "--only drow is none of prefill, grow level 1"),
+    (["--no-search", "--set", "mesh.data=2"], "mesh.data=2"),
+  ],
+)
+def test_wrong_usage_is_one_line_and_2(tiny, capsys, arguments, said):
+  assert main(["--config", str(tiny), *arguments]) == 2
+  out, error = capsys.readouterr()
+  assert out == "" and error.startswith("error: ") and error.count("\n") == 1, error
+  assert said in error
+
+
+def test_an_extrapolated_model_is_nearly_the_compiled_one():
+  """Peak bytes of a prefill of 6 layers, from 2 and 4, for the CPU."""
+  deep = ModelConfig(vocab_size=64, num_layers=6, hidden_size=32, intermediate_size=64)
+  config, mesh = load(ROOT / "configs" / "laptop_tree.yaml"), sharding.make_mesh(MeshConfig())
+  program = next(p for p in Programs(config, deep, mesh).listed() if p.name == "prefill")
+  estimate, exact = (Compiler(exact).measure(program, 6) for exact in (False, True))
+  assert (estimate.compiled, exact.compiled) == ((2, 4), (6,))
+  assert estimate.peak == pytest.approx(exact.peak, rel=0.02)
+
+
+TREE_PROGRAMS = ("grow level 3", "update")
+TREE = """
+algorithm: tree
+model:
+  {qkv_bias: true, compute_dtype: bfloat16, num_kv_heads: 2, vocab_size: 2048,
+   max_position: 2048}
+spo: {branch_factors: [6, 6, 6], edges_per_iteration: 512}
+rollout: {questions: 16, rows: 864}
+train: {micro_batch_rows: 16, remat: layer, kl: {coefficient: 1.0e-4}}
+mesh: {data: 1, fsdp: -1}
+"""
+QWEN = {"num_layers": 2, "hidden_size": 1536, "intermediate_size": 8960, "num_heads": 12}
+NARROW = {"num_layers": 1, "hidden_size": 256, "intermediate_size": 512, "num_heads": 2}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.parametrize(
+  ("shape", "tokens"),
+  [(NARROW, 512), pytest.param(QWEN, 2048, marks=pytest.mark.devices)],
+  ids=["narrow", "1.5B"],
+)
+def test_the_tpu_compiler_compiles_a_tree_run(tmp_path, shape, tokens):
+  """For 16 chips; two layers of the width of Qwen-1.5B take two minutes, a narrow one seconds."""
+  file = tmp_path / "tree.yaml"
+  file.write_text(TREE)
+  settings = [f"model.{key}={value}" for key, value in shape.items()]
+  done = command(
+    "--config", file, "--topology", "v5e:4x4", "--json", "--only", *TREE_PROGRAMS, "--set",
+    *settings, f"rollout.max_prompt_tokens={tokens // 4}", f"spo.segment_tokens={tokens // 8}",
+    f"rollout.max_response_tokens={tokens * 3 // 4}",
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  result = json.loads(done.stdout)
+  assert result["chips"] == 16 and "v5" in result["device"] and result["limit"] == 15.75 * 2**30
+  grow, update = result["as_configured"]["programs"]
+  # The cache of 54 rows a chip and of their parents, and 1/16 of float32 parameters.
+  row = shape["num_layers"] * 2 * 2 * 128 * tokens * 2
+  assert grow["bytes"]["kv_cache"] == (54 + 9) * row + (864 + 144) * 4
+  parameters = 4 * result["model"]["parameters"] / 16
+  assert update["bytes"]["parameters"] == pytest.approx(parameters, rel=0.05)  # norms are whole
+  assert update["bytes"]["peak"] > 4 * parameters
+  assert grow["collective_bytes"]["all-gather"] > 0 < sum(update["collective_bytes"].values())
+  assert not grow["refused_by_compiler"] and not update["refused_by_compiler"]
+  for program in (grow, update):
+    assert program["seconds"]["roofline"] > 0 and program["tokens_per_second"] > 0
