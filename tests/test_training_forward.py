@@ -138,7 +138,7 @@ def test_bfloat16_is_for_matrix_products_and_float32_for_all_that_is_summed_up()
   layers = jax.make_jaxpr(partial(model.hidden_states, half))(*rows)
   assert operands(layers.jaxpr)["dot_general"] == {"bfloat16"}
   assert layers.out_avals[0].dtype == jnp.bfloat16
-  scored = score_rows.trace(half, *rows, temperature)
+  scored = score_rows.trace(half, *rows, batch.mask[0], temperature)
   # Of both softmaxes, the logprobs, the norms and the positions.
   for name in ("exp", "log", "reduce_max", "reduce_sum", "rsqrt", "cos", "sin"):
     assert operands(scored.jaxpr.jaxpr)[name] == {"float32"}, name
