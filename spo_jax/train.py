@@ -83,7 +83,7 @@ def learn(run: Run, rows: TrainRows, iteration: int) -> dict[str, float]:
   measured, tokens = [], 0
   for batch, used in packing.optimiser_batches(
     rows, config.train.batch_rows, config.train.micro_batch_rows, config.train.epochs,
-    run.experiment.rng(Purpose.SHUFFLE, iteration),
+    run.experiment.rng(Purpose.SHUFFLE, iteration), config.train.pack_tokens,
   ):  # fmt: skip
     tokens += int(batch.is_token.sum())
     on_device = (
