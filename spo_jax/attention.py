@@ -78,7 +78,7 @@ def cache_attention(
 def trie_blocks(trie: Trie) -> TrieBlocks:
   """The blocks of packs of T slots: once per forward pass, for all of its layers."""
   rows, length = trie.end.shape
-  block = min(_QUERIES, length)
+  block = trie_keys(length, 0)
   count = -(-length // block)
   positions, end = (
     jnp.pad(x, ((0, 0), (0, count * block - length))) for x in (trie.positions, trie.end)
@@ -96,6 +96,11 @@ def trie_blocks(trie: Trie) -> TrieBlocks:
   on_path = slots[..., None] < path_end[:, :, None]
   own = (slots[:, None, :] <= slots[..., None]) & (slots[..., None] < own_end)
   return TrieBlocks(path, jnp.concatenate([on_path, own], axis=-1))
+
+
+def trie_keys(length: int, row_tokens: int) -> int:
+  """With how many keys each query of a pack is compared: those of a path and of a block."""
+  return row_tokens + min(_QUERIES, length)
 
 
 def trie_attention(

@@ -25,7 +25,7 @@ MESHES = ((8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2), (2, 1, 4))
 RESHARDED = "1x8x1-resharded"  # trained on this mesh, sampled on 4x1x2
 VOCABULARY = 264
 EMBEDDING = [VOCABULARY, 32]
-PROGRAMS = ("update", "prefill", "grow")
+PROGRAMS = ("update", "packed", "prefill", "grow")
 
 
 def name_of(mesh):
@@ -133,9 +133,10 @@ def test_rollouts_in_another_layout_hold_the_parameters_in_it(measured):
 @pytest.mark.parametrize("mesh", [(1, 4, 2), (2, 2, 2), (2, 1, 4)], ids=name_of)
 def test_where_the_vocabulary_is_shared_out_no_logits_travel(measured, mesh):
   """The update adds up maxima and sums over the vocabulary; nothing as wide as it moves."""
-  moved = [shape for _, shape in measured(mesh)[1]["update"]]
-  assert moved
-  assert not [shape for shape in moved if VOCABULARY in shape]
+  for name in ("update", "packed"):
+    moved = [shape for _, shape in measured(mesh)[1][name]]
+    assert moved
+    assert not [shape for shape in moved if VOCABULARY in shape]
 
 
 @pytest.mark.parametrize(
