@@ -13,13 +13,11 @@ import pytest
 import tiny
 from jax.extend.core import jaxprs_in_params
 
-from spo_jax import attention, head, update
+from spo_jax import attention, head, model
 from spo_jax.compiles import CompileCount
 from spo_jax.config import KLConfig, TrainConfig
-from spo_jax.layout import select
 from spo_jax.packing import EdgeBuffer, edge_rows, optimiser_batches, tree_edges
-from spo_jax.packs import pack
-from spo_jax.structs import Prompts, RolloutTree, TrainRows
+from spo_jax.structs import Prompts, RolloutTree, TrainRows, Trie
 from spo_jax.update import init_state, policy_update
 
 CONFIG = tiny.CONFIG
@@ -123,3 +121,44 @@ def test_packs_have_the_loss_and_the_gradient_of_their_rows(name, vocabulary, mo
     partial(np.testing.assert_allclose, rtol=0, atol=1e-5 * max(1, scale)), actual, expected
   )
   jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), others, metrics)
+
+
+def test_updates_of_all_draws_are_one_program():
+  rows, rng = tree_rows(6)[1], np.random.default_rng(0)
+  state = init_state(jax.tree.map(jnp.copy, tiny.params()), KEEP_GRADIENT)
+  with CompileCount() as compiles:
+    for batch, used in optimiser_batches(rows, 12, 2, 2, rng, WIDTH):
+      inputs = (None, batch, jnp.int32(used), jnp.float32(1))
+      state, _ = policy_update(CONFIG, TrainConfig(), KEEP_GRADIENT, state, *inputs)
+  assert state.step > 6
+  assert len(compiles.programs) == 1
+
+
+def arrays_in(jaxpr):
+  for equation in jaxpr.eqns:
+    yield from (variable.aval for variable in equation.outvars)
+    for inner in jaxprs_in_params(equation.params):
+      yield from arrays_in(inner)
+
+
+def test_a_long_pack_never_makes_an_array_of_all_pairs_of_its_slots():
+  """The largest says for each slot what it sees, of a path and of its own block."""
+  rows, length, path = 2, 8192, 256
+  column = partial(jax.ShapeDtypeStruct, (1, rows, length))
+  numbers, slots = column(jnp.float32), column(jnp.int32)
+  trie = Trie(slots, slots, slots, jax.ShapeDtypeStruct((1, rows), jnp.int32), path)
+  batch = TrainRows(slots, column(bool), column(bool), numbers, numbers, trie)
+  params = jax.eval_shape(partial(model.init_params, CONFIG), jax.random.key(0))
+  state = jax.eval_shape(partial(init_state, optimizer=KEEP_GRADIENT), params)
+  inputs = (jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32))
+  traced = policy_update.trace(CONFIG, KL, KEEP_GRADIENT, state, params, batch, *inputs)
+  sizes = [array.size for array in arrays_in(traced.jaxpr.jaxpr) if hasattr(array, "size")]
+  assert max(sizes) == rows * length * (path + 128) < rows * length**2 / 20
+
+
+def test_gradients_of_a_slot_that_many_others_see_are_added_up_in_float32():
+  """In bfloat16 a sum of ones stays at 256."""
+  x, slots = jnp.ones((1, 2, 1), jnp.bfloat16), jnp.ones((1, 1000), jnp.int32)
+  total = jax.grad(lambda x: attention.take_slots(x, slots).astype(jnp.float32).sum())(x)
+  assert total.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(total.ravel(), [0, 1000])
