@@ -85,7 +85,7 @@ def _walk(
   path = np.maximum.accumulate(slot, axis=0)  # slots only grow: the last one of its depth
   previous = np.concatenate([path[:, :1], path[:, :-1]], axis=1)
   # A token ends where a later row leaves its path: at the first slot of that row.
-  first = np.append(np.cumsum(length - cut) - (length - cut), (length - cut).sum())
+  first = np.append(np.int32(0), np.cumsum(length - cut, dtype=np.int32))
   leaves = np.where(cut[:, None] <= np.arange(width), first[:-1, None], first[-1])
   later = np.concatenate([leaves[1:], np.full((1, width), first[-1])])
   end = np.minimum.accumulate(later[::-1], axis=0)[::-1]
