@@ -65,6 +65,7 @@ def test_every_loss_has_one_slot_and_sees_what_is_in_front_of_it_in_its_row(seed
       path = path_of(packs, p, t)
       assert trie.positions[p, t] == len(path) - 1
       np.testing.assert_array_equal(np.flatnonzero((slots <= t) & (t < trie.end[p])), path)
+      assert packs.mask[p, t : trie.end[p, t]].any()  # some loss needs it
       if packs.mask[p, t]:
         name = packs.logprobs[p, t]
         assert name not in found
