@@ -127,7 +127,7 @@ def responses(rng, questions, samples, prompt=60, longest=1000):
   return rows_of(found, prompt + longest)
 
 
-@pytest.mark.parametrize(("segment", "width"), [(30, 8192), (30, 2048), (100, 4096)])
+@pytest.mark.parametrize(("segment", "width"), [(30, 8192), (30, 2048), (100, 8192)])
 def test_a_full_tree_trains_each_of_its_tokens_once(segment, width):
   rows = tree_rows(np.random.default_rng(0), (6, 6, 6), segment, 64)
   unique = 64 + (6 + 36 + 216) * segment
