@@ -68,11 +68,12 @@ def score(
 ) -> jax.Array:
   """Logprobs f32[B, L] of the mask by a full forward: slot t scores token t, others are 0."""
   hidden = model.hidden_states(config, params, tokens, is_token, remat, trie)
-  head = model.head_weight(config, params)
-  if trie is not None:
-    return token_logprobs(take_slots(hidden, trie.previous), head, tokens, mask, temperature)
-  logprobs = token_logprobs(hidden[:, :-1], head, tokens[:, 1:], mask[:, 1:], temperature)
-  return jnp.pad(logprobs, ((0, 0), (1, 0)))
+  if trie is None:
+    states, tokens, mask = hidden[:, :-1], tokens[:, 1:], mask[:, 1:]
+  else:
+    states = take_slots(hidden, trie.previous)
+  logprobs = token_logprobs(states, model.head_weight(config, params), tokens, mask, temperature)
+  return jnp.pad(logprobs, ((0, 0), (1, 0))) if trie is None else logprobs
 
 
 @program(static_argnames=("config",))
