@@ -20,7 +20,8 @@ from spo_jax.advantages import whiten
 from spo_jax.compiles import program
 from spo_jax.config import ModelConfig, OptimizerConfig, TrainConfig
 from spo_jax.distributed import to_host
-from spo_jax.losses import kl_loss, policy_loss, token_logprobs
+from spo_jax.head import token_logprobs
+from spo_jax.losses import kl_loss, policy_loss
 from spo_jax.sharding import constrain, constrain_parameters
 from spo_jax.structs import TrainRows, TrainState
 
@@ -59,13 +60,14 @@ def score(
   params: model.Params,
   tokens: jax.Array,
   is_token: jax.Array,
+  mask: jax.Array,
   temperature: float | jax.Array = 1.0,
   remat: str = "none",
 ) -> jax.Array:
-  """Logprobs f32[B, L] of rows by a full forward: slot t scores token t, slot 0 is 0."""
+  """Logprobs f32[B, L] of the mask by a full forward: slot t scores token t, others are 0."""
   hidden = model.hidden_states(config, params, tokens, is_token, remat)
   logprobs = token_logprobs(
-    hidden[:, :-1], model.head_weight(config, params), tokens[:, 1:], temperature
+    hidden[:, :-1], model.head_weight(config, params), tokens[:, 1:], mask[:, 1:], temperature
   )
   return jnp.pad(logprobs, ((0, 0), (1, 0)))
 
@@ -76,10 +78,11 @@ def score_rows(
   params: model.Params,
   tokens: jax.Array,
   is_token: jax.Array,
+  mask: jax.Array,
   temperature: float,
 ) -> jax.Array:
   """`score` as a program of its own."""
-  return score(config, params, tokens, is_token, temperature)
+  return score(config, params, tokens, is_token, mask, temperature)
 
 
 @program(static_argnames=("config", "train", "optimizer"), donate_argnames=("state",))
@@ -116,13 +119,15 @@ def policy_update(
   batch = batch.replace(advantages=advantages)
 
   def loss(params: model.Params, rows: TrainRows) -> tuple[jax.Array, dict[str, jax.Array]]:
-    logprobs = score(config, params, rows.tokens, rows.is_token, temperature, train.remat)
+    logprobs = score(
+      config, params, rows.tokens, rows.is_token, rows.mask, temperature, train.remat
+    )
     objective, count, sums = policy_loss(
       logprobs, rows.logprobs, rows.advantages, rows.mask, train.clip_low, train.clip_high
     )
     divergence = jnp.float32(0)
     if reference is not None:
-      ref = score(config, reference, rows.tokens, rows.is_token, temperature)
+      ref = score(config, reference, rows.tokens, rows.is_token, rows.mask, temperature)
       floor = 0.0 if train.official else None
       divergence, _ = kl_loss(logprobs, ref, rows.mask, kl.kind, floor)
     if train.official:
@@ -198,7 +203,7 @@ def supervised_update(
 
   def loss(params: model.Params, rows: Any) -> tuple[jax.Array, tuple[()]]:
     tokens, is_token, mask = rows
-    logprobs = score(config, params, tokens, is_token, remat=remat)
+    logprobs = score(config, params, tokens, is_token, mask, remat=remat)
     return -jnp.sum(jnp.where(mask, logprobs, 0.0)) / count, ()
 
   batch = jax.tree.map(

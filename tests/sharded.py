@@ -23,7 +23,7 @@ import jax
 import numpy as np
 import optax
 
-from spo_jax import algorithms, sampler, sharding
+from spo_jax import algorithms, head, sampler, sharding
 from spo_jax.config import load
 from spo_jax.experiment import build
 from spo_jax.packing import EdgeBuffer, optimiser_batches
@@ -41,6 +41,7 @@ SETTINGS = [
   "rollout.max_response_tokens=56", "rollout.temperature=1", "train.batch_rows=16",
   "train.micro_batch_rows=8", "train.kl.coefficient=0.1", "checkpoint.export=false",
 ]  # fmt: skip
+head.SMALL_VOCABULARY = 0  # packed as a large one
 # Leaves the gradient behind as its state, for everybody to see.
 KEEP_GRADIENT = optax.GradientTransformation(
   lambda params: jax.tree.map(jax.numpy.zeros_like, params),

@@ -274,7 +274,7 @@ class Programs:
         return _lower(
           score_rows,
           shapes.model_config, shapes.params(), _host(shape), _host(shape, bool),
-          rollout.temperature,
+          _host(shape, bool), rollout.temperature,
         )  # fmt: skip
 
     held, beside = self._sampled(waiting)
