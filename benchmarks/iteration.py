@@ -14,6 +14,7 @@ interpreter of its own and waits while another has its turn.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import tempfile
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -98,8 +99,8 @@ def compare(name: str, options: argparse.Namespace) -> None:
     f"{width} tokens, {options.samples} responses of {new}, micro-batches of {options.micro_rows}",
     flush=True,
   )
-  sides: dict[str, Callable[[int], Any]] = {}
-  with tempfile.TemporaryDirectory() as folder:
+  sides: dict[str, Callable[[int], list[int]]] = {}
+  with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as workers:
     hf.save_pretrained(folder, config, params, words.tokenizer(config.vocab_size))
     case = {
       "folder": folder, "prompts": words.texts(tokens), "samples": options.samples, "new": new,
@@ -107,19 +108,17 @@ def compare(name: str, options: argparse.Namespace) -> None:
     }  # fmt: skip
     for side in ("trl", "tunix"):
       if python := getattr(options, f"{side}_python"):
-        sides[side] = worker = side_by_side.Worker(python, f"with_{side}.py", case)
+        worker = side_by_side.Worker(python, f"with_{side}.py", case)
+        sides[side] = workers.enter_context(worker)
         print("  " + ", ".join(f"{name} {found}" for name, found in worker.versions.items()))
       else:
-        print(f"  {side} is left out: --{side}-python names no interpreter that has it")
-  rivals = list(sides)
-  sides["spo_jax"] = ours(config, params, tokens, options.samples, new, options.micro_rows)
-  counted = side_by_side.compare(
-    sides, rows * new, options.repeat, *((rival, "spo_jax") for rival in rivals)
-  )
+        print(f"  {side} is left out: no --{side}-python is given")
+    rivals = list(sides)
+    sides["spo_jax"] = ours(config, params, tokens, options.samples, new, options.micro_rows)
+    ratios = [(rival, "spo_jax") for rival in rivals]
+    counted = side_by_side.compare(sides, rows * new, options.repeat, *ratios)
   for side, turns in counted.items():
     assert all(found == [rows * width, rows * new] for found in turns), (side, turns)
-  for rival in rivals:
-    sides[rival].close()  # type: ignore[attr-defined]
 
 
 def main() -> None:

@@ -37,7 +37,10 @@ class Worker:
     self._process.stdin.write(f"{turn}\n")
     return self._hear()
 
-  def close(self) -> None:
+  def __enter__(self) -> Worker:
+    return self
+
+  def __exit__(self, *_: object) -> None:
     """The script sees that nobody asks any more, and leaves."""
     assert self._process.stdin is not None
     self._process.stdin.close()

@@ -50,7 +50,7 @@ def sample(case: dict[str, Any], model: llama3.Llama3, tokenizer: Any, turns: Tu
       case["prompts"], max_generation_steps=case["new"], max_prompt_length=width, temperature=1.0,
       top_p=1.0, seed=turn,
     )  # fmt: skip
-    turns.answer([len(row) for row in drawn.tokens])
+    turns.answer(sum(map(len, drawn.tokens)))
 
 
 def iterate(
