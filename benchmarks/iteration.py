@@ -71,7 +71,8 @@ def ours(
     tokens, np.full(questions, width, np.int32), np.arange(questions), tuple(range(questions))
   )
   optimizer = update.make_optimizer(config.optimizer)
-  state = update.init_state(jax.device_put(params, sharding.placements(params, mesh)), optimizer)
+  state = update.init_state(params, optimizer)
+  state = jax.device_put(state, sharding.placements(state, mesh))
   run: Any = SimpleNamespace(
     experiment=experiment, state=state, reference=None, optimizer=optimizer
   )
@@ -116,7 +117,7 @@ def compare(name: str, options: argparse.Namespace) -> None:
     rivals = list(sides)
     sides["spo_jax"] = ours(config, params, tokens, options.samples, new, options.micro_rows)
     ratios = [(rival, "spo_jax") for rival in rivals]
-    counted = side_by_side.compare(sides, rows * new, options.repeat, *ratios)
+    counted = side_by_side.compare(sides, rows * new, options.repeat, *ratios, warm_up=2)
   for side, turns in counted.items():
     assert all(found == [rows * width, rows * new] for found in turns), (side, turns)
 

@@ -55,30 +55,37 @@ class Worker:
 
 
 def compare(
-  sides: Mapping[str, Callable[[int], Any]], tokens: int, repeat: int, *ratios: tuple[str, str]
+  sides: Mapping[str, Callable[[int], Any]],
+  tokens: int,
+  repeat: int,
+  *ratios: tuple[str, str],
+  warm_up: int = 1,
 ) -> dict[str, list[Any]]:
-  """Calls each side with the number of the turn, once to warm up and `repeat` times; prints times.
+  """Calls each side with the number of the turn, first to warm up; prints times.
 
   Args:
     tokens: of one call; ratios: which side's seconds are divided by which.
+    warm_up: turns that do not count; repeat: turns that do.
   Returns: what each call of a side returned.
   """
   seconds: dict[str, list[float]] = {side: [] for side in sides}
   results: dict[str, list[Any]] = {side: [] for side in sides}
-  for turn in range(repeat + 1):
+  for turn in range(warm_up + repeat):
     for side, call in sides.items():
       started = time.perf_counter()
       result = call(turn)
       seconds[side].append(time.perf_counter() - started)
       results[side].append(result)
-  for side, (first, *took) in seconds.items():
+  for side, took in seconds.items():
+    first = took[0]
+    took[:] = took[warm_up:]
     median = statistics.median(took)
     print(
       f"  {side:9} {tokens / median:9,.0f} tokens/s  median of {repeat}: {median:.3f} s "
       f"({min(took):.3f} to {max(took):.3f}), first call {first:.1f} s"
     )
   for above, below in ratios:
-    each = [a / b for a, b in zip(seconds[above][1:], seconds[below][1:])]
+    each = [a / b for a, b in zip(seconds[above], seconds[below])]
     print(
       f"  {above} / {below}: {statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})",
       flush=True,
