@@ -66,7 +66,7 @@ def ours(
 
   mesh = sharding.make_mesh(config.mesh)
   engine = Engine(model_config, Sampling(1.0, 1.0, ends, pad_id=0), rows, new, grade, mesh)
-  experiment = Experiment(config, model_config, None, tokenizer, "", engine, mesh)  # type: ignore
+  experiment = Experiment(config, model_config, None, tokenizer, "", engine, mesh)
   prompts = Prompts(
     tokens, np.full(questions, width, np.int32), np.arange(questions), tuple(range(questions))
   )

@@ -70,7 +70,10 @@ def theirs(folder: str, tokens: np.ndarray, new: int) -> Side:
   """`generate` of the folder's model."""
   import torch
   from transformers import AutoModelForCausalLM
+  from transformers.utils import logging
 
+  logging.set_verbosity_error()  # it warns of the end id that no row can draw
+  logging.disable_progress_bar()
   torch.set_num_threads(os.cpu_count() or 1)
   network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
   network.generation_config.eos_token_id = None
@@ -102,14 +105,14 @@ def limits(config: ModelConfig, rows: int, width: int, new: int) -> str:
     lambda x, up, down: jax.lax.fori_loop(0, 64, lambda _, x: (x @ up) @ down * 1e-9, x)
   )
   per_second = 64 * 4 * rows * np.prod(wide) / _seconds(chain, *factors)
-  numbers = jnp.zeros(2**25)
-  total = jax.jit(lambda x: jnp.sum(x.reshape(64, -1), axis=1))
-  bytes_per_second = numbers.nbytes / _seconds(total, numbers)
+  matrix, vector = jnp.ones((2**15, 2**10)), jnp.ones(2**10)
+  bytes_per_second = matrix.nbytes / _seconds(jax.jit(jnp.matmul), matrix, vector)
+  compute, memory = flops / per_second, read / bytes_per_second
   return (
-    f"a step: {flops / 1e6:,.0f} MFLOP ({flops / per_second * 1e3:.2f} ms at "
-    f"{per_second / 1e9:.0f} GFLOP/s of its largest matmuls), {read / 1e6:,.0f} MB "
-    f"({read / bytes_per_second * 1e3:.2f} ms at {bytes_per_second / 1e9:.1f} GB/s of a sum); at "
-    f"most {rows / max(flops / per_second, read / bytes_per_second):,.0f} tokens/s"
+    f"a step: {flops / 1e6:,.0f} MFLOP, {compute * 1e3:.2f} ms at the {per_second / 1e9:.0f} "
+    f"GFLOP/s of its largest matmuls; {read / 1e6:,.0f} MB, {memory * 1e3:.2f} ms at the "
+    f"{bytes_per_second / 1e9:.1f} GB/s of a matrix times a vector; at most "
+    f"{rows / max(compute, memory):,.0f} tokens/s"
   )
 
 
