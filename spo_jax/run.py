@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from spo_jax import hf, runlog, sharding
 from spo_jax.checkpoint import CheckpointError, Checkpoints
 from spo_jax.compiles import CompileCount
-from spo_jax.distributed import Preemption, is_alone, is_main, to_host, total
+from spo_jax.distributed import Preemption, is_main, total
 from spo_jax.experiment import Experiment
 from spo_jax.model import Params
 from spo_jax.packing import EdgeBuffer
@@ -194,17 +194,14 @@ class Run:
     """
     self.wait()
     params, best = self._best()
-    export = self.experiment.config.checkpoint.export
-    if export and not is_alone():
-      params = to_host(params)
-    if not is_main():
-      return {}
-    if export:
+    if self.experiment.config.checkpoint.export:
       with runlog.writing(self.run_dir / "model"):
         hf.save_pretrained(
           self.run_dir / "model", self.experiment.model_config, params, self.experiment.tokenizer,
           self.experiment.engine.sampling.end_ids,
         )  # fmt: skip
+    if not is_main():
+      return {}
     evaluated = [r for r in runlog.read_metrics(self.run_dir) if "eval/greedy_accuracy" in r]
     names = [name for _, name in runlog.ACCURACIES]
     summary = {
