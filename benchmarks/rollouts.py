@@ -1,20 +1,30 @@
-"""Sampling with this project against Hugging Face `generate` (torch): same weights, same prompts.
+"""Sampling with this project against Hugging Face `generate` and google-tunix's own sampler.
 
     python benchmarks/rollouts.py 1m 7m 0.5b      # needs the extra `parity`, for torch
+    python -m venv tunix && tunix/bin/pip install google-tunix==0.1.7
+    python benchmarks/rollouts.py 1m 7m --tunix-python tunix/bin/python
 
-Every row samples its full length at temperature 1 from the whole vocabulary, in float32. Both
-sides run in turn in this process, so that what else the machine does meets both of them.
+Same weights, same prompts. Every row samples its full length at temperature 1 from the whole
+vocabulary, in float32 on all cores. The sides take turns, so that what else the machine does meets
+each of them. The limit is counted first: a step multiplies each row with every parameter and reads
+the cache as far as it is filled, both at rates that are measured on the machine in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import tempfile
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import side_by_side
+import words
 
 from spo_jax import hf, model, rollouts
 from spo_jax.config import ModelConfig
@@ -35,8 +45,10 @@ CASES = {
 }  # fmt: skip
 
 
-def ours(config: ModelConfig, params: Any, tokens: np.ndarray, new: int) -> Any:
-  """A function that samples and returns the tokens, i32[B, new]."""
+Side = Callable[[int], int]  # samples with the seed, and returns the tokens drawn
+
+
+def ours(config: ModelConfig, params: Any, tokens: np.ndarray, new: int) -> Side:
   rows, width = tokens.shape
 
   def grade(problems: Any, responses: np.ndarray, *_: Any) -> np.ndarray:
@@ -47,56 +59,110 @@ def ours(config: ModelConfig, params: Any, tokens: np.ndarray, new: int) -> Any:
   engine = Engine(config, sampling, rows, new, grade)
   prompts = Prompts(tokens, np.full(rows, width, np.int32), np.arange(rows), (None,) * rows)
 
-  def sample(seed: int) -> np.ndarray:
-    return rollouts.flat(engine, params, prompts, 1, jax.random.key(seed)).samples.tokens
+  def sample(seed: int) -> int:
+    drawn = rollouts.flat(engine, params, prompts, 1, jax.random.key(seed)).samples
+    return int(drawn.lengths.sum())
 
   return sample
 
 
-def theirs(folder: str, tokens: np.ndarray, new: int) -> Any:
-  """The same with `generate` of the folder's model."""
+def theirs(folder: str, tokens: np.ndarray, new: int) -> Side:
+  """`generate` of the folder's model."""
   import torch
   from transformers import AutoModelForCausalLM
+  from transformers.utils import logging
 
-  network = AutoModelForCausalLM.from_pretrained(folder).eval()
+  logging.set_verbosity_error()  # it warns of the end id that no row can draw
+  logging.disable_progress_bar()
+  torch.set_num_threads(os.cpu_count() or 1)
+  network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
   network.generation_config.eos_token_id = None
   prompts = torch.from_numpy(tokens.astype(np.int64))
 
-  def sample(seed: int) -> np.ndarray:
+  def sample(seed: int) -> int:
     torch.manual_seed(seed)
     with torch.inference_mode():
       rows = network.generate(
         prompts, attention_mask=torch.ones_like(prompts), do_sample=True, temperature=1.0, top_k=0,
-        top_p=1.0, max_new_tokens=new, pad_token_id=0,
+        top_p=1.0, max_new_tokens=new, use_cache=True, pad_token_id=0,
       )  # fmt: skip
-    return rows[:, tokens.shape[1] :].numpy()
+    return int(rows[:, tokens.shape[1] :].numel())
 
   return sample
 
 
-def compare(name: str, repeat: int) -> None:
+def limits(config: ModelConfig, rows: int, width: int, new: int) -> str:
+  """What a decode step must compute and read, and how long that takes at measured rates."""
+  heads, kv_heads = config.num_heads, config.num_kv_heads
+  past, head = width + new / 2, model.head_width(config)
+  parameters = model.count_params(config)
+  attention = 4 * config.num_layers * past * heads * head  # scores, and weights times values
+  flops = rows * (2 * parameters + attention)
+  read = 4 * (parameters + rows * config.num_layers * 2 * past * kv_heads * head)
+  narrow, wide = (rows, config.hidden_size), (config.hidden_size, config.intermediate_size)
+  factors = tuple(jnp.ones(shape) for shape in (narrow, wide, wide[::-1]))
+  chain = jax.jit(
+    lambda x, up, down: jax.lax.fori_loop(0, 64, lambda _, x: (x @ up) @ down * 1e-9, x)
+  )
+  per_second = 64 * 4 * rows * np.prod(wide) / _seconds(chain, *factors)
+  matrix, vector = jnp.ones((2**15, 2**10)), jnp.ones(2**10)
+  bytes_per_second = matrix.nbytes / _seconds(jax.jit(jnp.matmul), matrix, vector)
+  compute, memory = flops / per_second, read / bytes_per_second
+  return (
+    f"a step: {flops / 1e6:,.0f} MFLOP, {compute * 1e3:.2f} ms at the {per_second / 1e9:.0f} "
+    f"GFLOP/s of its largest matmuls; {read / 1e6:,.0f} MB, {memory * 1e3:.2f} ms at the "
+    f"{bytes_per_second / 1e9:.1f} GB/s of a matrix times a vector; at most "
+    f"{rows / max(compute, memory):,.0f} tokens/s"
+  )
+
+
+def _seconds(program: Callable[..., Any], *inputs: Any) -> float:
+  """The fastest of seven calls."""
+  jax.block_until_ready(program(*inputs))
+  took = []
+  for _ in range(7):
+    started = time.perf_counter()
+    jax.block_until_ready(program(*inputs))
+    took.append(time.perf_counter() - started)
+  return min(took)
+
+
+def compare(name: str, tunix_python: str | None, repeat: int) -> None:
   config, rows, width, new = CASES[name]
   params = jax.jit(lambda: model.init_params(config, jax.random.key(0)))()
   tokens = np.random.default_rng(0).integers(0, config.vocab_size, (rows, width), np.int32)
-  with tempfile.TemporaryDirectory() as folder:
-    hf.save_pretrained(folder, config, params)
-    samplers = {"generate": theirs(folder, tokens, new)}
-  samplers["spo_jax"] = ours(config, params, tokens, new)
   print(
     f"{name}: {model.count_params(config) / 1e6:.1f} M parameters, {rows} rows, prompt {width}, "
     f"{new} new tokens"
   )
-  sampled = side_by_side.compare(samplers, rows * new, repeat, ("generate", "spo_jax"))
-  assert all(x.shape == (rows, new) for turns in sampled.values() for x in turns)
+  print(f"  {limits(config, rows, width, new)}", flush=True)
+  sides: dict[str, Side] = {}
+  with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as workers:
+    hf.save_pretrained(folder, config, params, words.tokenizer(config.vocab_size))
+    sides["generate"] = theirs(folder, tokens, new)
+    if tunix_python and not config.qkv_bias:
+      case = {"folder": folder, "prompts": words.texts(tokens), "new": new}
+      sides["tunix"] = workers.enter_context(
+        side_by_side.Worker(tunix_python, "with_tunix.py", case)
+      )
+    else:
+      why = "is given" if tunix_python is None else "loads this model"
+      print(f"  tunix is left out: no --tunix-python {why}")
+    rivals = list(sides)
+    sides["spo_jax"] = ours(config, params, tokens, new)
+    ratios = [(rival, "spo_jax") for rival in rivals]
+    drawn = side_by_side.compare(sides, rows * new, repeat, *ratios)
+  assert all(found == rows * new for turns in drawn.values() for found in turns), drawn
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("cases", nargs="+", choices=CASES)
+  parser.add_argument("--tunix-python", help="an interpreter that has google-tunix")
   parser.add_argument("--repeat", type=int, default=5)
   options = parser.parse_args()
   for name in options.cases:
-    compare(name, options.repeat)
+    compare(name, options.tunix_python, options.repeat)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ and must agree on the norm of the first gradient.
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from typing import Any
 
@@ -53,7 +54,8 @@ def theirs(folder: str, batch: TrainRows) -> Any:
   import torch
   from transformers import AutoModelForCausalLM
 
-  network = AutoModelForCausalLM.from_pretrained(folder).train()
+  torch.set_num_threads(os.cpu_count() or 1)
+  network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
   optimizer = torch.optim.AdamW(
     network.parameters(), lr=OPTIMIZER.learning_rate, betas=(OPTIMIZER.b1, OPTIMIZER.b2),
     weight_decay=OPTIMIZER.weight_decay,
