@@ -186,11 +186,10 @@ class Recorder(Engine):
     self.graded, self.grown, self.fetched = [], [], []
     super().__init__(CONFIG, sampling, rows, T, grade_into(self.graded))
 
-  def grow(self, params, cache, parent, prefix, token, stop_state, key, ids, limit, *args, **kw):
-    self.grown.append((parent, prefix, key, ids, limit))
-    prefix = prefix, token, stop_state
-    return super().grow(params, cache, parent, *prefix, key, ids, limit, *args, **kw)
+  def grow(self, params, stores, requests, key, *args, **kwargs):
+    self.grown.append((requests, key))
+    return super().grow(params, stores, requests, key, *args, **kwargs)
 
-  def fetch(self, samples, steps):
-    self.fetched.append(super().fetch(samples, steps))
+  def fetch(self, *grown):
+    self.fetched.append(super().fetch(*grown))
     return self.fetched[-1]
