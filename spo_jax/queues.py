@@ -11,6 +11,7 @@ from spo_jax.structs import Array, Requests, Samples
 # Continuations that wait in one queue, per slot. The last ones leave slots idle once per queue, so
 # it is long; and bounded, because no run knows beforehand how many there will be.
 QUEUE = 64
+_KEPT = 4  # responses whose keys and values wait to be continued from, per slot
 
 
 def filled(questions: int, each: int, slots: int, shards: int) -> int:
@@ -18,6 +19,11 @@ def filled(questions: int, each: int, slots: int, shards: int) -> int:
   the same number of questions."""
   at_once = max(slots // each, 1)
   return _up(_up(questions, at_once), shards)
+
+
+def kept_at_once(questions: int, samples: int, slots: int) -> int:
+  """Questions whose responses are continued before others are answered: memory bounds them."""
+  return min(questions, max(_KEPT * slots // samples, 1))
 
 
 def _up(count: int, multiple: int) -> int:

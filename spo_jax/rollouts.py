@@ -1,7 +1,7 @@
 """Which rows grow next: flat responses, chains of cutpoints, trees.
 
-Every prompt is prefilled once; everything else grows from rows that exist. All questions of an
-iteration wait in one queue for the slots of the engine. Text exists only inside `grade`, on the
+Every prompt is prefilled once; everything else grows from rows that exist. The rows of an iteration
+wait in one queue for the slots of the engine. Text exists only inside `grade`, on the
 host.
 """
 
@@ -22,9 +22,18 @@ from spo_jax import sampler, sharding
 from spo_jax.compiles import program
 from spo_jax.config import ModelConfig
 from spo_jax.distributed import gather, own_share, to_host
-from spo_jax.layout import before, fill, join, select, unsampled
+from spo_jax.layout import before, concatenate, fill, join, select, unsampled
 from spo_jax.model import Params
-from spo_jax.queues import QUEUE, at_prompts, behind, filled, only, queues, unique_prefixes
+from spo_jax.queues import (
+  QUEUE,
+  at_prompts,
+  behind,
+  filled,
+  kept_at_once,
+  only,
+  queues,
+  unique_prefixes,
+)
 from spo_jax.segments import cutpoint_segments, segment_starts
 from spo_jax.stops import prefix_states
 from spo_jax.structs import (
@@ -192,7 +201,9 @@ def flat(
 ) -> Trajectories:
   """`samples` responses per question, one segment each (GRPO, RLOO, evaluation)."""
   params = engine.place(params)
-  prompt, response, _ = _respond(engine, params, prompts, samples, key, score)
+  prompt, response, _ = _respond(
+    engine, params, prompts, 0, len(prompts.lengths), samples, key, score
+  )
   engine.count_unique(prompts.lengths, response.lengths)
   return Trajectories(
     prompt=prompt,
@@ -222,29 +233,36 @@ def chain(
   """
   own_key, continue_key = jax.random.split(key)
   max_segments = -(-engine.response_tokens // interval)
-  params = engine.place(params)
-  prompt, response, stores = _respond(
-    engine, params, prompts, samples, own_key, score, keep=True
-  )
-  segment, starts = to_host(
-    _cut(response.logprobs, response.lengths, threshold, interval, max_segments=max_segments)
-  )
-  values = np.zeros(starts.shape, np.float32)
-  row, k = np.nonzero(starts < engine.response_tokens)
-  first, inverse = unique_prefixes(prompt, response.tokens, row, starts[row, k])
-  means = _continue(
-    engine, params, stores, prompts, prompt, response, row[first], starts[row, k][first],
-    continuations, continue_key,
-  )  # fmt: skip
-  values[row, k] = means[inverse]
-  engine.count_unique(prompts.lengths, response.lengths)
-  return Trajectories(
-    prompt=prompt,
-    samples=response,
-    rewards=engine.grade(prompts, prompt, response),
-    segment=segment,
-    values=values,
-  )
+  params, parts, estimated = engine.place(params), [], 0
+  at_once = kept_at_once(len(prompts.lengths), samples, engine.slots)
+  for first in range(0, len(prompts.lengths), at_once):
+    prompt, response, stores = _respond(
+      engine, params, prompts, first, at_once, samples, own_key, score, keep=True
+    )
+    segment, starts = to_host(
+      _cut(response.logprobs, response.lengths, threshold, interval, max_segments=max_segments)
+    )
+    values = np.zeros(starts.shape, np.float32)
+    row, k = np.nonzero(starts < engine.response_tokens)
+    distinct, inverse = unique_prefixes(prompt, response.tokens, row, starts[row, k])
+    means = _continue(
+      engine, params, stores, prompts, prompt, response, row[distinct], starts[row, k][distinct],
+      continuations, continue_key, estimated,
+    )  # fmt: skip
+    values[row, k] = means[inverse]
+    estimated += len(distinct)
+    parts.append(
+      Trajectories(
+        prompt=prompt,
+        samples=response,
+        rewards=engine.grade(prompts, prompt, response),
+        segment=segment,
+        values=values,
+      )
+    )
+  taken = concatenate(parts)
+  engine.count_unique(prompts.lengths, taken.samples.lengths)
+  return taken
 
 
 def tree(
@@ -262,7 +280,7 @@ def tree(
   params = engine.place(params)
   questions = len(prompts.lengths)
   count = engine.filled(questions, int(np.prod(branch_factors)))
-  tokens, lengths = _take(prompts, count)
+  tokens, lengths = _take(prompts, np.arange(questions), count)
   stores: tuple[KVStore, ...] = (engine.prefill(params, tokens, lengths),)
   nodes = at_prompts(tokens, lengths)
   alive = np.arange(count) < questions
@@ -309,26 +327,30 @@ def _respond(
   engine: Engine,
   params: Params,
   prompts: Prompts,
+  first: int,
+  at_once: int,
   samples: int,
   key: jax.Array,
   score: Score | None,
   keep: bool = False,
 ) -> tuple[np.ndarray, Samples, tuple[KVStore, ...]]:
-  """Of all questions: prompt row i[B], samples, and the stores of prompts and (`keep`) of them."""
-  questions = len(prompts.lengths)
-  count = engine.filled(questions, samples)
-  tokens, lengths = _take(prompts, count)
+  """Of questions first .. first + at_once - 1: prompt row i[B], samples, and the stores of prompts
+  and (`keep`) of responses."""
+  questions = np.arange(first, min(first + at_once, len(prompts.lengths)))
+  count, rows = engine.filled(at_once, samples), len(questions) * samples
+  tokens, lengths = _take(prompts, questions, count)
   store = engine.prefill(params, tokens, lengths)
   parent = np.repeat(np.arange(count), samples)
+  number = np.arange(len(parent), dtype=np.int32)
   requests = select(at_prompts(tokens, lengths), parent).replace(
-    ids=np.arange(len(parent), dtype=np.int32),
-    limit=((parent < questions) * engine.response_tokens).astype(np.int32),
+    ids=first * samples + number,
+    limit=((number < rows) * engine.response_tokens).astype(np.int32),
   )
   drawn, own, slot_steps = engine.grow(
     params, (store,), requests, key, engine.response_tokens, engine.response_tokens, keep
   )
-  response = select(engine.fetch(drawn, slot_steps), slice(questions * samples))
-  prompt = parent[: questions * samples]
+  response = select(engine.fetch(drawn, slot_steps), slice(rows))
+  prompt = first + parent[:rows]
   if score is not None:
     response = response.replace(logprobs=score(prompts, prompt, response))
   return prompt, response, (store,) if own is None else (store, own)
@@ -345,19 +367,26 @@ def _continue(
   start: np.ndarray,
   continuations: int,
   key: jax.Array,
+  first_id: int,
 ) -> np.ndarray:
-  """Mean reward f32[U] of fresh continuations of `response[row, :start]`."""
+  """Mean reward f32[U] of fresh continuations of `response[row, :start]`.
+
+  Args:
+    stores: of prompts and responses, whose rows those of `response` are; first_id: prefixes
+      that were continued before.
+  """
   source = np.repeat(np.arange(len(row)), continuations)
   row, start = row[source], start[source]
   length = prompts.lengths[prompt[row]]
   last_of_prompt = prompts.tokens[prompt[row], length - 1]
+  states = prefix_states(engine.sampling.stop_table, response.tokens)
   requests = Requests(
-    pieces=np.column_stack([prompt[row], row]).astype(np.int32),
+    pieces=np.column_stack([prompt[row] - prompt[0], row]).astype(np.int32),
     offsets=np.column_stack([np.zeros_like(length), length - 1]),
     prefix=length + start,
     token=np.where(start > 0, response.tokens[row, start - 1], last_of_prompt),
-    stop_state=prefix_states(engine.sampling.stop_table, response.tokens)[row, start],
-    ids=np.arange(len(row), dtype=np.int32),
+    stop_state=states[row, start].astype(np.int32),
+    ids=first_id * continuations + np.arange(len(row), dtype=np.int32),
     limit=engine.response_tokens - start,
   )
   shard = row * engine.shards // len(stores[-1].keys[0])
@@ -379,6 +408,6 @@ def _continue(
   return (total / continuations).astype(np.float32)
 
 
-def _take(prompts: Prompts, count: int) -> tuple[np.ndarray, np.ndarray]:
+def _take(prompts: Prompts, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
   """Prompt tokens and lengths, filled up to `count` rows of length 0."""
-  return fill(prompts.tokens, count), fill(prompts.lengths, count)
+  return fill(prompts.tokens[rows], count), fill(prompts.lengths[rows], count)

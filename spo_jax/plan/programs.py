@@ -16,7 +16,7 @@ from spo_jax import model, sampler, sharding
 from spo_jax.attention import kernel_for
 from spo_jax.config import Config, ModelConfig, OptimizerConfig
 from spo_jax.plan import costs
-from spo_jax.queues import QUEUE, filled
+from spo_jax.queues import QUEUE, filled, kept_at_once
 from spo_jax.structs import KVStore, Requests, Sampling, TrainRows
 from spo_jax.update import (
   init_state,
@@ -148,6 +148,10 @@ class Programs:
     shards = sharding.row_shards(self.rollout_mesh)
     return filled(questions, each, self.config.rollout.rows, shards)
 
+  def _kept_at_once(self) -> int:
+    rollout = self.config.rollout
+    return kept_at_once(rollout.questions, rollout.samples, rollout.rows)
+
   def _store_bytes(self, rows: int, width: int) -> int:
     shapes = self._shapes(self.model_config.num_layers, self.rollout_mesh)
     return chip_bytes(shapes.store(rows, width))
@@ -233,19 +237,20 @@ class Programs:
         found.append(self._grow(name, pieces, rows, begun + tokens, tokens, not is_last, 1))
         pieces = [*pieces, (rows, tokens)]
       return found
-    prompts = self._filled(rollout.questions, rollout.samples)
-    rows, is_chain = prompts * rollout.samples, self.config.algorithm == "chain"
+    is_chain = self.config.algorithm == "chain"
+    at_once = self._kept_at_once() if is_chain else rollout.questions
+    prompts, calls = self._filled(at_once, rollout.samples), -(-rollout.questions // at_once)
+    rows = prompts * rollout.samples
     stores = [(prompts, rollout.max_prompt_tokens), (rows, room)]
     found = [
-      self._prefill("prefill", prompts, 1),
-      self._grow("grow", stores[:1], rows, room, room, is_chain, 1),
+      self._prefill("prefill", prompts, calls),
+      self._grow("grow", stores[:1], rows, room, room, is_chain, calls),
     ]
     if is_chain:
       waiting = QUEUE * rollout.rows
-      most = rollout.questions * rollout.samples * -(-room // spo.interval) * spo.continuations
-      found.append(
-        self._grow("continue", stores, waiting, room, room, False, -(-most // waiting))
-      )
+      most = at_once * rollout.samples * -(-room // spo.interval) * spo.continuations
+      calls *= -(-most // waiting)
+      found.append(self._grow("continue", stores, waiting, room, room, False, calls))
     return found
 
   def _rescoring(self) -> list[Program]:
@@ -262,7 +267,7 @@ class Programs:
         nodes += level
       rows = rollout.questions * nodes
     elif config.algorithm == "chain":  # continued from afterwards
-      prompts = self._filled(rollout.questions, rollout.samples)
+      prompts = self._filled(self._kept_at_once(), rollout.samples)
       waiting = self._store_bytes(prompts, rollout.max_prompt_tokens)
       waiting += self._store_bytes(prompts * rollout.samples, rollout.max_response_tokens)
 
