@@ -22,8 +22,10 @@ def filled(questions: int, each: int, slots: int, shards: int) -> int:
 
 
 def kept_at_once(questions: int, samples: int, slots: int) -> int:
-  """Questions whose responses are continued before others are answered: memory bounds them."""
-  return min(questions, max(_KEPT * slots // samples, 1))
+  """Questions whose responses are continued before others are answered, in equal parts: memory
+  bounds how many."""
+  parts = -(-questions // max(_KEPT * slots // samples, 1))
+  return -(-questions // parts)
 
 
 def _up(count: int, multiple: int) -> int:

@@ -46,7 +46,7 @@ def flat(engine):
 
 
 def chain(engine):
-  rollouts.chain(engine, uniform(), tiny.prompts(40), 2, 3, 0.4, 4, KEY)
+  rollouts.chain(engine, uniform(), tiny.prompts(32), 2, 3, 0.4, 4, KEY)
 
 
 def tree(engine):
@@ -109,6 +109,13 @@ def test_fillers_give_every_slot_a_row_and_every_shard_as_many(
   questions, each, slots, shards, expected
 ):
   assert queues.filled(questions, each, slots, shards) == expected
+
+
+@pytest.mark.parametrize(
+  ("questions", "samples", "slots", "expected"), [(128, 2, 256, 128), (128, 2, 50, 64), (5, 9, 2, 1)]
+)
+def test_questions_that_do_not_fit_at_once_come_in_equal_parts(questions, samples, slots, expected):
+  assert queues.kept_at_once(questions, samples, slots) == expected
 
 
 def test_a_request_apart_from_its_pieces_is_a_mistake():
