@@ -112,7 +112,8 @@ def test_fillers_give_every_slot_a_row_and_every_shard_as_many(
 
 
 @pytest.mark.parametrize(
-  ("questions", "samples", "slots", "expected"), [(128, 2, 256, 128), (128, 2, 50, 64), (5, 9, 2, 1)]
+  ("questions", "samples", "slots", "expected"),
+  [(128, 2, 256, 128), (128, 2, 50, 64), (5, 9, 2, 1)],
 )
 def test_questions_that_do_not_fit_at_once_come_in_equal_parts(questions, samples, slots, expected):
   assert queues.kept_at_once(questions, samples, slots) == expected
