@@ -15,6 +15,7 @@ A row's samples depend on its own key and context only: step t of a row draws wi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -163,58 +164,67 @@ def _put(tree: Any, row: jax.Array, new: Any) -> Any:
   )
 
 
-def _hand_out(slot: jax.Array, queue: _Queue, desk: _Desk) -> _Desk:
-  """Fills a slot with the next request, or leaves it idle where none waits."""
-  taken, waiting = desk.taken[0], queue.waiting[0]
-  number = queue.order[jnp.minimum(taken, len(queue.order) - 1)]
-  request = _at(queue.requests, number)
-  slots = desk.slots
-  for i, store in enumerate(queue.stores):
-
-    def lay(old: jax.Array, pieces: jax.Array, i: int = i) -> jax.Array:
-      # Pieces are numbered across shards, and lie on that of their request.
-      piece = jax.lax.dynamic_slice_in_dim(pieces, request.pieces[i] % len(pieces), 1)
-      return jax.lax.dynamic_update_slice(old, piece, (slot, 0, request.offsets[i], 0))
-
-    slots = jax.tree.map(lay, slots, store)
-  width = desk.samples.tokens.shape[1]
-  rows = _Rows(
-    request=jnp.where(taken < waiting, number, _NONE), length=request.prefix - 1,
-    token=request.token, stop_state=request.stop_state, ids=request.ids, limit=request.limit,
-    samples=_at(_none_sampled(1, width), 0),
-  )  # fmt: skip
-  return desk.replace(slots=slots, rows=_put(desk.rows, slot, rows), taken=desk.taken + 1)
+def _context(request: Requests, width: int, stores: Sequence[jax.Array]) -> jax.Array:
+  """The keys or values that a request starts with, [1, K, C, H], from pieces [P, K, Cp, H]."""
+  _, heads, _, channels = stores[0].shape
+  context = jnp.zeros((1, heads, width, channels), stores[0].dtype)
+  for i, pieces in enumerate(stores):
+    # They are numbered across shards, and lie on that of their request.
+    piece = jax.lax.dynamic_slice_in_dim(pieces, request.pieces[i] % len(pieces), 1)
+    context = jax.lax.dynamic_update_slice_in_dim(context, piece, request.offsets[i], 2)
+  return context
 
 
-def _take_back(slot: jax.Array, desk: _Desk) -> _Desk:
-  """Copies out what the row of a slot has grown."""
-  row = _at(desk.rows, slot)
-  desk = desk.replace(samples=_put(desk.samples, row.request, row.samples))
-  if desk.kept is None:
-    return desk
+def _hand_out(queue: _Queue, desk: _Desk) -> _Desk:
+  """Fills idle slots, one by one, while requests wait."""
 
-  def copy(old: jax.Array, cache: jax.Array) -> jax.Array:
-    start = (slot, 0, row.length - row.samples.lengths, 0)
-    own = jax.lax.dynamic_slice(cache, start, (1, *old.shape[1:]))
-    return jax.lax.dynamic_update_slice(old, own, (row.request, 0, 0, 0))
+  def fill(desk: _Desk) -> _Desk:
+    slot, number = jnp.argmin(desk.rows.busy), queue.order[desk.taken[0]]
+    request = _at(queue.requests, number)
+    slots = jax.tree.map(
+      # A context is made before it goes into its slot: only a single update is in place.
+      lambda old, *pieces: jax.lax.dynamic_update_slice_in_dim(
+        old, _context(request, old.shape[2], pieces), slot, 0
+      ),
+      desk.slots, *queue.stores,
+    )  # fmt: skip
+    row = _Rows(
+      request=number, length=request.prefix - 1, token=request.token,
+      stop_state=request.stop_state, ids=request.ids, limit=request.limit,
+      samples=_at(_none_sampled(1, desk.samples.tokens.shape[1]), 0),
+    )  # fmt: skip
+    return desk.replace(slots=slots, rows=_put(desk.rows, slot, row), taken=desk.taken + 1)
 
-  return desk.replace(kept=jax.tree.map(copy, desk.kept, desk.slots))
+  return jax.lax.while_loop(
+    lambda desk: jnp.any(~desk.rows.busy) & (desk.taken < queue.waiting)[0], fill, desk
+  )
 
 
-def _fill(queue: _Queue, desk: _Desk) -> _Desk:
-  """Every slot its first request."""
-  slots = len(desk.rows.request)
-  return jax.lax.fori_loop(0, slots, lambda slot, desk: _hand_out(slot, queue, desk), desk)
+def _take_back(desk: _Desk) -> _Desk:
+  """Copies out what rows have grown that have ended, and makes their slots idle."""
+
+  def empty(desk: _Desk) -> _Desk:
+    slot = jnp.argmax(desk.rows.ended)
+    row = _at(desk.rows, slot)
+
+    def copy(old: jax.Array, cache: jax.Array) -> jax.Array:
+      start = (slot, 0, row.length - row.samples.lengths, 0)
+      own = jax.lax.dynamic_slice(cache, start, (1, *old.shape[1:]))
+      return jax.lax.dynamic_update_slice(old, own, (row.request, 0, 0, 0))
+
+    return desk.replace(
+      rows=desk.rows.replace(request=desk.rows.request.at[slot].set(_NONE)),
+      samples=_put(desk.samples, row.request, row.samples),
+      kept=None if desk.kept is None else jax.tree.map(copy, desk.kept, desk.slots),
+    )
+
+  return jax.lax.while_loop(lambda desk: jnp.any(desk.rows.ended), empty, desk)
 
 
 def _refill(queue: _Queue, desk: _Desk) -> _Desk:
-  """Slots whose row has ended change hands, one by one: a step in which none has costs nothing."""
-
-  def change(desk: _Desk) -> _Desk:
-    slot = jnp.argmax(desk.rows.ended)
-    return _hand_out(slot, queue, _take_back(slot, desk))
-
-  return jax.lax.while_loop(lambda desk: jnp.any(desk.rows.ended), change, desk)
+  # Two loops: one that read and wrote slots would copy all of them. Both cost nothing in a step
+  # in which no row ends.
+  return _hand_out(queue, _take_back(desk))
 
 
 def empty_store(config: ModelConfig, rows: int, width: int) -> KVStore:
@@ -290,7 +300,7 @@ def grow(
     return steps + slots, on_shards(_refill, queue, desk.replace(slots=new, rows=rows))
 
   slot_steps, desk = jax.lax.while_loop(
-    lambda loop: jnp.any(loop[1].rows.busy), body, (jnp.int32(0), on_shards(_fill, queue, desk))
+    lambda loop: jnp.any(loop[1].rows.busy), body, (jnp.int32(0), on_shards(_hand_out, queue, desk))
   )
   is_sampled = jnp.arange(max_tokens) < desk.samples.lengths[:, None]
   tokens = jnp.where(is_sampled, desk.samples.tokens, sampling.pad_id)

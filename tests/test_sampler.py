@@ -229,6 +229,19 @@ def test_the_same_key_and_id_repeats_a_row_and_others_do_not():
   assert (samples.tokens != fresh.tokens).any(-1).mean() > 0.8
 
 
+def test_slots_and_what_is_kept_of_them_are_held_once():
+  """The compiler says so: a loop that copies them would need room for both."""
+  slots, width = 64, 256
+  shapes = jax.eval_shape(lambda: sampler.empty_store(CONFIG, 2 * slots, 4))
+  one, each = (jax.ShapeDtypeStruct(shape, np.int32) for shape in ((2 * slots,), (2 * slots, 1)))
+  grown = sampler.grow.lower(
+    CONFIG, tiny.params(), (shapes,), Requests(each, each, one, one, one, one, one), KEY, NO_END,
+    slots=slots, width=width, max_tokens=128, keep=True,
+  ).compile()  # fmt: skip
+  held = sampler.store_bytes(CONFIG, slots, width)
+  assert held < grown.memory_analysis().temp_size_in_bytes < 1.2 * held
+
+
 # Ends.
 
 
