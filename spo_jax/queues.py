@@ -57,7 +57,10 @@ def behind(rows: Requests, own: Samples, stop_table: Array | None) -> Requests:
 def unique_prefixes(
   prompt: np.ndarray, tokens: np.ndarray, row: np.ndarray, start: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Indices of the distinct (question, tokens before start) and each boundary's index there."""
+  """Indices of the distinct (question, tokens before start) and each boundary's index there.
+
+  Sorted by question first, so the numbering does not depend on how many are kept at once.
+  """
   prefix = np.where(before(start, tokens.shape[1]), tokens[row], -1)
   named = np.concatenate([prompt[row, None], prefix], axis=1)
   _, first, inverse = np.unique(named, axis=0, return_index=True, return_inverse=True)

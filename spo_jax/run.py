@@ -8,17 +8,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from spo_jax import hf, model, runlog, sharding
+from spo_jax import hf, runlog, sharding
 from spo_jax.checkpoint import CheckpointError, Checkpoints
 from spo_jax.compiles import CompileCount
-from spo_jax.distributed import Preemption, is_alone, is_main, to_host, total
+from spo_jax.distributed import Preemption, is_main, total
 from spo_jax.experiment import Experiment
 from spo_jax.model import Params
 from spo_jax.packing import EdgeBuffer
 from spo_jax.structs import TrainState
-from spo_jax.update import init_state, make_optimizer
+from spo_jax.update import init_state, make_optimizer, state_template
 from spo_jax.warm_start import warm_start
 
 
@@ -33,20 +32,6 @@ class Clock:
     now = time.perf_counter()
     self.laps[name] = now - self._last
     self._last = now
-
-
-def state_template(
-  experiment: Experiment, optimizer: optax.GradientTransformation
-) -> TrainState:
-  """Shapes, dtypes and placement of a train state, without its values."""
-  shapes = jax.eval_shape(
-    lambda key: init_state(model.init_params(experiment.model_config, key), optimizer),
-    jax.random.key(0),
-  )
-  places = sharding.placements(shapes, experiment.mesh)
-  return jax.tree.map(
-    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
-  )
 
 
 def _only(directory: Path, template: Params) -> tuple[int, Params, dict[str, Any]]:
@@ -103,7 +88,7 @@ class Run:
     self.finish(0, {}, Clock())
 
   def _restore(self) -> None:
-    template = state_template(self.experiment, self.optimizer)
+    template = self._template()
     restored = self._checkpoints.restore_newest(template)
     assert restored is not None
     self.iteration, self.state, counters, self.buffer.edges = restored
@@ -113,6 +98,10 @@ class Run:
     self._totals, self._best_accuracy = counters["totals"], counters["best_accuracy"]
     if self._needs_reference:
       _, self.reference, _ = _only(self._reference_dir, template.params)
+
+  def _template(self) -> TrainState:
+    experiment = self.experiment
+    return state_template(experiment.model_config, self.optimizer, experiment.mesh)
 
   @property
   def _needs_reference(self) -> bool:
@@ -180,7 +169,7 @@ class Run:
     """The policy to hand out: the best by validation where it was measured, else the last."""
     if not self.experiment.config.eval.validation_problems:
       return self.state.params, {}
-    template = state_template(self.experiment, self.optimizer).params
+    template = self._template().params
     step, params, counters = _only(self._best_dir, template)
     return params, {"best": {"iteration": step, **counters}}
 
@@ -205,17 +194,14 @@ class Run:
     """
     self.wait()
     params, best = self._best()
-    export = self.experiment.config.checkpoint.export
-    if export and not is_alone():
-      params = to_host(params)
-    if not is_main():
-      return {}
-    if export:
+    if self.experiment.config.checkpoint.export:
       with runlog.writing(self.run_dir / "model"):
         hf.save_pretrained(
           self.run_dir / "model", self.experiment.model_config, params, self.experiment.tokenizer,
           self.experiment.engine.sampling.end_ids,
         )  # fmt: skip
+    if not is_main():
+      return {}
     evaluated = [r for r in runlog.read_metrics(self.run_dir) if "eval/greedy_accuracy" in r]
     names = [name for _, name in runlog.ACCURACIES]
     summary = {

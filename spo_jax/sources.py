@@ -12,8 +12,7 @@ from spo_jax.checkpoint import Checkpoints
 from spo_jax.config import Config, load
 from spo_jax.experiment import Experiment
 from spo_jax.model import Params
-from spo_jax.run import state_template
-from spo_jax.update import make_optimizer
+from spo_jax.update import make_optimizer, state_template
 
 
 def digest(*parts: bytes) -> str:
@@ -87,7 +86,8 @@ def load_params(source: Source, experiment: Experiment) -> Params:
   """
   if source.step is None:
     return experiment.init_params()
-  template: Any = state_template(experiment, make_optimizer(experiment.config.optimizer))
+  optimizer = make_optimizer(experiment.config.optimizer)
+  template: Any = state_template(experiment.model_config, optimizer, experiment.mesh)
   is_best = source.kind == "best"  # of which the parameters alone are kept
   with Checkpoints(source.checkpoints, keep=experiment.config.checkpoint.keep) as checkpoints:
     restored, _, _ = checkpoints.restore(source.step, template.params if is_best else template)

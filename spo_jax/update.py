@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
-from spo_jax import model
+from spo_jax import model, sharding
 from spo_jax.advantages import whiten
 from spo_jax.compiles import program
 from spo_jax.config import ModelConfig, OptimizerConfig, TrainConfig
@@ -38,6 +39,19 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 def init_state(params: model.Params, optimizer: optax.GradientTransformation) -> TrainState:
   return TrainState(params=params, opt_state=optimizer.init(params), step=jnp.int32(0))
+
+
+def state_template(
+  config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+  """Shapes, dtypes and placement of a train state, without its values."""
+  shapes = jax.eval_shape(
+    lambda key: init_state(model.init_params(config, key), optimizer), jax.random.key(0)
+  )
+  places = sharding.placements(shapes, mesh)
+  return jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+  )
 
 
 def score(

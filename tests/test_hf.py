@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import jax
@@ -118,6 +119,29 @@ def test_an_index_names_the_file_of_every_tensor(tmp_path):
   sizes = [sum(x.nbytes for x in load_file(file).values())
            for file in (tmp_path / "m").glob("*.safetensors")]  # fmt: skip
   assert max(sizes) <= 3_000
+
+
+def test_only_the_arrays_of_one_file_are_on_the_host_at_once(tmp_path, monkeypatch):
+  held = []  # (bytes, weak reference) of every array that was fetched
+
+  def fetch(leaf):
+    array = np.array(leaf, order="F")  # whose transpose is written as it lies, without a copy
+    held.append((array.nbytes, weakref.ref(array)))
+    alive.append(sum(size for size, array in held if array() is not None))
+    return array
+
+  alive = []
+  monkeypatch.setattr(hf.save, "to_host", fetch)
+  hf.save_pretrained(tmp_path / "m", tiny.CONFIG, tiny.params(), max_shard_bytes=3_000)
+  assert max(alive) <= 2 * 3_000 < 0.5 * sum(size for size, _ in held)
+
+
+def test_other_processes_take_part_in_every_array_and_write_nothing(tmp_path, monkeypatch):
+  fetched = []
+  monkeypatch.setattr(hf.save, "is_main", lambda: False)
+  monkeypatch.setattr(hf.save, "to_host", fetched.append)
+  hf.save_pretrained(tmp_path / "m", tiny.CONFIG, tiny.params())
+  assert len(fetched) == len(jax.tree.leaves(tiny.params())) and not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("wanted", [jnp.float32, jnp.bfloat16])
@@ -288,6 +312,7 @@ def test_an_export_that_fails_leaves_the_earlier_one(saved):
 
 SHARDED = """
 import sys
+import weakref
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from spo_jax import hf
@@ -317,6 +342,7 @@ def test_devices_of_a_mesh_get_copies_or_read_their_own_part(saved, monkeypatch)
 
 MEMORY = """
 import sys
+import weakref
 import jax
 from spo_jax import hf
 

@@ -363,8 +363,9 @@ def test_local_passes_a_signal_on_once_and_waits(local, number, code):
   )
   assert {script.stdout.readline() for _ in range(2)} == {"[0] up\n", "[1] up\n"}
   script.send_signal(number)
-  out, _ = script.communicate(timeout=30)
+  out, err = script.communicate(timeout=30)
   assert sorted(out.splitlines()) == ["[0] saved 1", "[1] saved 1"]
+  assert "the others have" not in err
   assert script.returncode == code
 
 

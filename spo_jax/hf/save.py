@@ -14,6 +14,7 @@ import numpy as np
 
 from spo_jax import __version__, model
 from spo_jax.config import ConfigError, ModelConfig
+from spo_jax.distributed import is_main, to_host
 from spo_jax.hf.configs import config_json, export_family
 from spo_jax.hf.folders import read_json, write_json
 from spo_jax.hf.load import DTYPES, INDEX, SINGLE, slots_of
@@ -35,6 +36,9 @@ def save_pretrained(
   generation_config.json, and appears complete or not at all. A folder written by this function
   is replaced as a whole; any other that is not empty is left alone.
 
+  Where several processes hold the parameters all of them call it, and the main one writes: no
+  process holds more than one file's weights, and none but the main one more than one array.
+
   Args:
     end_ids: tokens that end a response; none: that of the tokenizer.
     max_shard_bytes: weights beyond it are split over files, with an index.
@@ -43,6 +47,10 @@ def save_pretrained(
   target = Path(path).absolute()
   family = export_family(model_config)
   tensors = _named(model_config, params)
+  if not is_main():
+    for leaf, _ in tensors.values():
+      to_host(leaf)
+    return
   replaces = _replaceable(target)
   target.parent.mkdir(parents=True, exist_ok=True)
   unique = uuid.uuid4().hex[:8]
@@ -129,7 +137,7 @@ def _write_weights(
     arrays = {}
     for name in names:
       leaf, transposed = tensors[name]
-      array = np.asarray(leaf)
+      array = to_host(leaf)
       # safetensors writes the memory of an array as it lies, also that of a transposed view.
       arrays[name] = np.ascontiguousarray(array.T if transposed else array)
       weight_map[name] = file

@@ -19,10 +19,10 @@ from spo_jax.plan import costs
 from spo_jax.queues import QUEUE, filled, kept_at_once
 from spo_jax.structs import KVStore, Requests, Sampling, TrainRows
 from spo_jax.update import (
-  init_state,
   make_optimizer,
   policy_update,
   score_rows,
+  state_template,
   supervised_update,
 )
 
@@ -51,23 +51,12 @@ class Shapes:
   model_config: ModelConfig
   mesh: Mesh
 
-  def placed(self, tree: Any) -> Any:
-    places = sharding.placements(tree, self.mesh)
-    return jax.tree.map(
-      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places
-    )
-
   def state(self, optimizer: OptimizerConfig) -> tuple[Any, optax.GradientTransformation]:
     made = make_optimizer(optimizer)
-    shapes = jax.eval_shape(
-      lambda: init_state(model.init_params(self.model_config, jax.random.key(0)), made)
-    )
-    return self.placed(shapes), made
+    return state_template(self.model_config, made, self.mesh), made
 
   def params(self) -> Any:
-    return self.placed(
-      jax.eval_shape(lambda: model.init_params(self.model_config, jax.random.key(0)))
-    )
+    return self.state(OptimizerConfig())[0].params
 
   def array(self, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
     place = sharding.activation(name, shape, self.mesh)
