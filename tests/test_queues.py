@@ -126,5 +126,5 @@ def test_a_request_apart_from_its_pieces_is_a_mistake():
   store = SimpleNamespace(keys=[np.zeros((4, 1, 1, 1))])
   wanted = queues.at_prompts(np.ones((4, 1), np.int32), np.ones(4, np.int32))
   with pytest.raises(AssertionError, match="apart from the pieces"):
-    far = wanted.replace(pieces=wanted.pieces[::-1], limit=np.ones(4, np.int32))
+    far = wanted.replace(pieces=np.array([[0], [1], [2], [1]]), limit=np.ones(4, np.int32))
     engine.grow(None, (store,), far, None, 2, 2)

@@ -129,7 +129,7 @@ def test_greedy_is_the_argmax_of_the_full_forward(truncation):
 def test_a_row_grown_from_pieces_equals_one_prefilled_anew():
   """From every position of a response: at the prompt, inside, and behind the last token."""
   first, own, _ = respond(NO_END)
-  row, start = np.divmod(np.arange(B) + 3 * (T + 1), T + 1)  # rows 3 and 4, which wraps around
+  row, start = np.divmod(np.arange(B) + T + 1, T + 1)  # rows 1 and 2, of longer prompts
   length = PROMPTS.lengths[row % P]
   prefix = length + start
   contexts = np.full((B, PROMPT_WIDTH + T), PAD, np.int32)
