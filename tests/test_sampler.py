@@ -239,7 +239,8 @@ def test_slots_and_what_is_kept_of_them_are_held_once():
     slots=slots, width=width, max_tokens=128, keep=True,
   ).compile()  # fmt: skip
   held = sampler.store_bytes(CONFIG, slots, width)
-  assert held < grown.memory_analysis().temp_size_in_bytes < 1.2 * held
+  # The rest are scores of attention and samples.
+  assert held < grown.memory_analysis().temp_size_in_bytes < 1.5 * held
 
 
 # Ends.
