@@ -123,16 +123,20 @@ def _threshold(experiment: Experiment) -> float | None:
 
 
 def _score(
-  experiment: Experiment, params: Params, tokens: np.ndarray, is_token: np.ndarray
+  experiment: Experiment,
+  params: Params,
+  tokens: np.ndarray,
+  is_token: np.ndarray,
+  mask: np.ndarray,
 ) -> np.ndarray:
-  """The trainer's logprobs f32[B, L], in programs of `rollout.rows` rows."""
+  """The trainer's logprobs f32[B, L] of the mask, in programs of `rollout.rows` rows."""
   settings = experiment.config.rollout
   parts = [np.zeros((0, tokens.shape[1]), np.float32)]
   for begin in range(0, len(tokens), settings.rows):
     part = slice(begin, begin + settings.rows)
     scored = score_rows(
       experiment.model_config, params, fill(tokens[part], settings.rows),
-      fill(is_token[part], settings.rows), settings.temperature,
+      fill(is_token[part], settings.rows), fill(mask[part], settings.rows), settings.temperature,
     )  # fmt: skip
     parts.append(to_host(scored)[: len(tokens[part])])
   return np.concatenate(parts)
@@ -144,8 +148,8 @@ def _scorer(experiment: Experiment, params: Params) -> rollouts.Score | None:
     return None
 
   def score(prompts: Prompts, prompt: np.ndarray, own: Samples) -> np.ndarray:
-    tokens, is_token, _ = behind_prompts(prompts, prompt, own.tokens, own.lengths)
-    whole = _score(experiment, params, tokens, is_token)
+    rows = behind_prompts(prompts, prompt, own.tokens, own.lengths)
+    whole = _score(experiment, params, *rows)
     placed = unshift(whole, prompts.lengths[prompt], own.tokens.shape[1])
     return np.where(before(own.lengths, own.tokens.shape[1]), placed, 0).astype(np.float32)
 
@@ -156,5 +160,6 @@ def _rescored(experiment: Experiment, params: Params, edges: Edges) -> Edges:
   if not experiment.config.rollout.recompute_logprobs:
     return edges
   width = edges.tokens.shape[1]
-  logprobs = _score(experiment, params, edges.tokens, before(edges.end, width))
-  return edges.replace(logprobs=np.where(between(edges.start, edges.end, width), logprobs, 0))
+  own = between(edges.start, edges.end, width)
+  logprobs = _score(experiment, params, edges.tokens, before(edges.end, width), own)
+  return edges.replace(logprobs=logprobs)

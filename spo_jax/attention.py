@@ -7,19 +7,35 @@ Pallas splash attention and an NVIDIA GPU cuDNN's: neither makes an array of sco
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from spo_jax.config import ConfigError
-from spo_jax.sharding import activation
+from spo_jax.sharding import activation, constrain
+from spo_jax.structs import Trie
 
 _HOME = {"splash": "tpu", "cudnn": "gpu"}  # the platform of each kernel
 
 _LANES = 128  # splash attention takes lengths and blocks in multiples of it
 _LARGEST_BLOCK = 512
 
+_QUERIES = 128  # of a block of a pack, at most
+
 Kernel = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+class TrieBlocks(NamedTuple):
+  """What each of n blocks of Q queries sees: the path to its first one, and what is its own.
+
+  A slot in front of the block that one of its queries sees is still open where the block
+  begins, so the first query sees it too: it is one of the fewer than R tokens in front of
+  that one in its row.
+  """
+
+  path: jax.Array  # i32[B, n, R], slots by depth; -1: there is none
+  seen: jax.Array  # bool[B, n, Q, R + Q], of the path and of the block's own slots
 
 
 def causal_attention(
@@ -57,6 +73,80 @@ def cache_attention(
   """
   slots = keys.shape[2]
   return dense(q, keys, values, jnp.arange(slots)[None, None, :] <= positions[:, :, None])
+
+
+def trie_blocks(trie: Trie) -> TrieBlocks:
+  """The blocks of packs of T slots: once per forward pass, for all of its layers."""
+  rows, length = trie.end.shape
+  block = trie_keys(length, 0)
+  count = -(-length // block)
+  positions, end = (
+    jnp.pad(x, ((0, 0), (0, count * block - length))) for x in (trie.positions, trie.end)
+  )
+  slots = jnp.arange(count * block).reshape(count, block)
+  depths = jnp.arange(trie.row_tokens)
+  # Depth first, what is on a path is the last token of its depth. Others there are, but closed.
+  here = positions.reshape(rows, count, block, 1) == depths
+  last = jnp.max(jnp.where(here, slots[..., None], -1), axis=2)
+  path = jnp.pad(
+    jax.lax.cummax(last, axis=1)[:, :-1], ((0, 0), (1, 0), (0, 0)), constant_values=-1
+  )
+  path_end = jnp.where(path < 0, 0, take_slots(end, path.reshape(rows, -1)).reshape(path.shape))
+  own_end = end.reshape(rows, count, 1, block)
+  on_path = slots[..., None] < path_end[:, :, None]
+  own = (slots[:, None, :] <= slots[..., None]) & (slots[..., None] < own_end)
+  return TrieBlocks(path, jnp.concatenate([on_path, own], axis=-1))
+
+
+def trie_keys(length: int, row_tokens: int) -> int:
+  """With how many keys each query of a pack is compared: those of a path and of a block."""
+  return row_tokens + min(_QUERIES, length)
+
+
+def trie_attention(
+  q: jax.Array, keys: jax.Array, values: jax.Array, blocks: TrieBlocks
+) -> jax.Array:
+  """Every token of a pack sees itself and what is in front of it in its row; on all platforms.
+
+  Args:
+    q: [B, T, N, H]; keys, values: [B, K, T, H].
+  Returns: [B, T, N, H].
+  """
+  rows, length, heads, width = q.shape
+  count, block = blocks.seen.shape[1:3]
+  more = count * block - length
+  path = blocks.path.reshape(rows, -1)
+
+  def of_blocks(x: jax.Array) -> jax.Array:
+    """[B, K, T, H] -> [n, B, K, R + Q, H]"""
+    shape = (*x.shape[:2], count, -1, width)
+    own = jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))).reshape(shape)
+    found = take_slots(x, path, axis=2).reshape(shape)
+    return jnp.moveaxis(jnp.concatenate([found, own], axis=3), 2, 0)
+
+  # Scores of one block at a time, computed once more in the backward pass.
+  @jax.checkpoint
+  def attend(inputs: tuple[jax.Array, ...]) -> jax.Array:
+    q, keys, values, seen = inputs
+    out = dense(constrain(q, "heads"), constrain(keys, "cache"), constrain(values, "cache"), seen)
+    return constrain(out, "heads")
+
+  queries = jnp.pad(q, ((0, 0), (0, more), (0, 0), (0, 0)))
+  queries = jnp.moveaxis(queries.reshape(rows, count, block, heads, width), 1, 0)
+  out = jax.lax.map(
+    attend, (queries, of_blocks(keys), of_blocks(values), jnp.moveaxis(blocks.seen, 1, 0))
+  )
+  return jnp.moveaxis(out, 0, 1).reshape(rows, -1, heads, width)[:, :length]
+
+
+def take_slots(x: jax.Array, slots: jax.Array, axis: int = 1) -> jax.Array:
+  """Row b of `x` at slots[b] of an axis: i32[B, M]; what lies outside is taken from the ends.
+
+  Gradients of a slot that is taken several times are added up in float32.
+  """
+  exact = x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
+  take = jax.vmap(lambda row, at: jnp.take(row, at, axis=axis - 1, mode="clip"))
+  return take(exact, slots).astype(x.dtype)
 
 
 def dense(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 KL_KINDS = ("k1", "abs", "k2", "k3")
 
 _LOG_RATIO_LIMIT = 10.0  # nats; e^10 is far outside any clip range and still finite
-_CHUNK_LOGITS = 2**27  # logits held at once by `token_logprobs`, 512 MiB of float32
 
 
 def mean(total: jax.Array, count: jax.Array) -> jax.Array:
@@ -176,61 +175,6 @@ def dvo_loss(
   weight = jax.lax.stop_gradient(jnp.where(exists, weight, 0.0))
   error = beta * (logprobs - ref_logprobs).sum(axis=1) - advantages
   return 0.5 * (weight * error**2).sum(), _count(exists), {"weight_sum": weight.sum()}
-
-
-def token_logprobs(
-  hidden: jax.Array,
-  head: jax.Array,
-  targets: jax.Array,
-  temperature: float | jax.Array = 1.0,
-  chunk_tokens: int | None = None,
-) -> jax.Array:
-  """Log-probability of every target, without an array of [B, T, V].
-
-    log softmax(hidden head / temperature)[target]
-
-  Logits exist for `chunk_tokens` columns at a time, in float32; the backward pass computes
-  them again. Pass `hidden[:, :-1]` with `tokens[:, 1:]`: the state in front of a token
-  predicts it.
-
-  Args:
-    hidden: [B, T, E], any float type.
-    head: [E, V], any float type; its gradient is summed up in float32.
-    targets: i32[B, T] in 0..V-1.
-    temperature: of the sampling policy, above 0.
-    chunk_tokens: columns of [B, T] per chunk. None: as many as keep a chunk within 2^27
-      logits, and at most half of them.
-  Returns: f32[B, T], nats.
-  Raises: ValueError if `chunk_tokens` is below 1.
-  """
-  if chunk_tokens is not None and chunk_tokens < 1:
-    raise ValueError(f"chunk_tokens={chunk_tokens}: a chunk holds at least 1 token.")
-  chex.assert_rank([hidden, head, targets], [3, 2, 2])
-  chex.assert_equal_shape_prefix([hidden, targets], 2)
-  rows, length, width = hidden.shape
-  if chunk_tokens is None:
-    chunk_tokens = min(_CHUNK_LOGITS // max(rows * head.shape[1], 1), -(-length // 2))
-  chunk = max(1, min(chunk_tokens, length))
-
-  # Chunks run along T, not B: rows keep their sharding over devices.
-  chunks = -(-length // chunk)
-  padding = ((0, 0), (0, chunks * chunk - length))
-  hidden = jnp.pad(hidden, (*padding, (0, 0))).reshape(rows, chunks, chunk, width)
-  targets = jnp.pad(targets, padding).reshape(rows, chunks, chunk)
-  weights = head.astype(jnp.float32)  # so that chunks add their gradients in float32
-
-  def score(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
-    states, labels = inputs
-    logits = jnp.einsum(
-      "bte,ev->btv", states, weights.astype(head.dtype), preferred_element_type=jnp.float32
-    )
-    logits = logits / temperature
-    chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
-
-  by_chunk = (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(targets, 1, 0))
-  scores = jax.lax.map(jax.checkpoint(score, prevent_cse=False), by_chunk)
-  return jnp.moveaxis(scores, 0, 1).reshape(rows, chunks * chunk)[:, :length]
 
 
 def _masked(mask: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:

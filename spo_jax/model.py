@@ -13,10 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from spo_jax.attention import cache_attention, causal_attention
+from spo_jax.attention import (
+  TrieBlocks,
+  cache_attention,
+  causal_attention,
+  trie_attention,
+  trie_blocks,
+)
 from spo_jax.config import ConfigError, ModelConfig
 from spo_jax.sharding import constrain
-from spo_jax.structs import KVCache
+from spo_jax.structs import KVCache, Trie
 
 Params = Any  # nested dict of arrays
 
@@ -95,6 +101,7 @@ class Attention(nn.Module):
     positions: jax.Array,
     is_token: jax.Array,
     past: tuple[jax.Array, jax.Array] | None,
+    blocks: TrieBlocks | None,
   ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """With `past` ([B, K, C, H] each) the new keys and values go into slot `positions`."""
     c = self.config
@@ -116,7 +123,9 @@ class Attention(nn.Module):
     else:
       keys, values = (_store(old, positions, new) for old, new in zip(past, (k, v)))
     keys, values = constrain(keys, "cache"), constrain(values, "cache")
-    if past is None:
+    if blocks is not None:
+      out = trie_attention(q, keys, values, blocks)
+    elif past is None:
       out = causal_attention(q, keys, values, is_token, c.attention)
     else:
       out = cache_attention(q, keys, values, positions)
@@ -157,10 +166,13 @@ class DecoderLayer(nn.Module):
     positions: jax.Array,
     is_token: jax.Array,
     past: tuple[jax.Array, jax.Array] | None,
+    blocks: TrieBlocks | None,
   ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     eps = self.config.norm_eps
     normed = RMSNorm(eps, name="input_layernorm")(x)
-    out, present = Attention(self.config, name="self_attn")(normed, positions, is_token, past)
+    out, present = Attention(self.config, name="self_attn")(
+      normed, positions, is_token, past, blocks
+    )
     x = constrain(x + out, "rows")
     normed = RMSNorm(eps, name="post_attention_layernorm")(x)
     return constrain(x + MLP(self.config, name="mlp")(normed), "rows"), present
@@ -184,6 +196,7 @@ class Decoder(nn.Module):
     positions: jax.Array,
     is_token: jax.Array,
     cache: KVCache | None = None,
+    trie: Trie | None = None,
   ) -> tuple[jax.Array, tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]]:
     """One forward pass.
 
@@ -200,9 +213,10 @@ class Decoder(nn.Module):
     if self.remat != "none":
       layer = nn.remat(DecoderLayer, policy=_KEPT[self.remat])
     presents = []
+    blocks = None if trie is None else trie_blocks(trie)
     for i in range(c.num_layers):
       past = (cache.keys[i], cache.values[i]) if cache is not None else None
-      x, present = layer(c, name=f"layers_{i}")(x, positions, is_token, past)
+      x, present = layer(c, name=f"layers_{i}")(x, positions, is_token, past, blocks)
       presents.append(present)
     keys, values = zip(*presents)
     return RMSNorm(c.norm_eps, name="norm")(x), (keys, values)
@@ -242,9 +256,16 @@ def _causal(
 
 
 def hidden_states(
-  config: ModelConfig, params: Params, tokens: jax.Array, mask: jax.Array, remat: str = "none"
+  config: ModelConfig,
+  params: Params,
+  tokens: jax.Array,
+  mask: jax.Array,
+  remat: str = "none",
+  trie: Trie | None = None,
 ) -> jax.Array:
-  """Full causal forward over right-padded rows: i32[B, L], bool[B, L] -> [B, L, E]."""
+  """Full causal forward over right-padded rows, or packs: i32[B, L], bool[B, L] -> [B, L, E]."""
+  if trie is not None:
+    return _apply(config, params, tokens, trie.positions, mask, None, trie, remat=remat)[0]
   return _causal(config, params, tokens, mask, remat)[0]
 
 

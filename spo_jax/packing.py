@@ -18,6 +18,7 @@ from spo_jax.layout import (
   shift,
   unsampled,
 )
+from spo_jax.packs import most_packs, pack
 from spo_jax.segments import uncertain_tokens
 from spo_jax.structs import Array, Edges, Prompts, RolloutTree, Samples, TrainRows, Trajectories
 
@@ -153,23 +154,36 @@ class EdgeBuffer:
 
 
 def optimiser_batches(
-  rows: TrainRows, batch_rows: int, micro_batch_rows: int, epochs: int, rng: np.random.Generator
+  rows: TrainRows,
+  batch_rows: int,
+  micro_batch_rows: int,
+  epochs: int,
+  rng: np.random.Generator,
+  pack_tokens: int = 0,
 ) -> Iterator[tuple[TrainRows, int]]:
   """Shuffled batches of fixed shape [micro-batches, micro_batch_rows, L].
 
   Rows without signal (no masked token with an advantage) are left out. The rest is spread
   evenly over the fewest updates that hold it, so that no update is made from a few rows.
 
+  Args:
+    pack_tokens: more than 0: the rows of an update are packed, and L is this.
   Yields: the batch, filled up with empty rows, and how many of its micro-batches are used.
   """
   signal = np.flatnonzero((rows.mask & (rows.advantages != 0)).any(axis=1))
   updates = -(-len(signal) // batch_rows)
+  most = most_packs(batch_rows, rows.tokens.shape[1], pack_tokens) if pack_tokens else batch_rows
+  micro_batches = -(-most // micro_batch_rows)
   for _ in range(epochs if updates else 0):
     for part in np.array_split(rng.permutation(signal), updates):
-      filled = jax.tree.map(lambda x, part=part: fill(x[part], batch_rows), rows)
+      taken = select(rows, part)
+      if pack_tokens:
+        taken = pack(taken, pack_tokens)
+      used = -(-len(taken.tokens) // micro_batch_rows)
+      filled = jax.tree.map(lambda x: fill(x, micro_batches * micro_batch_rows), taken)
       yield (
-        jax.tree.map(lambda x: x.reshape(-1, micro_batch_rows, *x.shape[1:]), filled),
-        -(-len(part) // micro_batch_rows),
+        jax.tree.map(lambda x: x.reshape(micro_batches, micro_batch_rows, *x.shape[1:]), filled),
+        used,
       )
 
 

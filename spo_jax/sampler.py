@@ -26,7 +26,7 @@ from flax import struct
 from spo_jax import model
 from spo_jax.compiles import program
 from spo_jax.config import ModelConfig
-from spo_jax.sharding import current_row_shards, on_shards
+from spo_jax.sharding import on_shards, row_parts
 from spo_jax.structs import KVCache, KVStore, Requests, Samples, Sampling
 
 _NONE = -1  # the request of an idle slot
@@ -280,7 +280,7 @@ def grow(
   """
   count = len(requests.limit)
   # Each shard has a queue of its own.
-  limit = requests.limit.reshape(current_row_shards(), -1)
+  limit = requests.limit.reshape(row_parts(count), -1)
   queue = _Queue(
     stores, requests, order=jnp.argsort(-limit, axis=1, stable=True).astype(jnp.int32).reshape(-1),
     waiting=jnp.sum(limit > 0, axis=1, dtype=jnp.int32),

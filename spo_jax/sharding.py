@@ -41,6 +41,8 @@ ACTIVATIONS: dict[str, P] = {
   "cache": P(ROWS, "tensor"),  # [B, K, C, H]
   "logits": P(ROWS, "tensor"),  # [B, V]
   "table": P("tensor"),  # [V, E], the embedding where tokens are looked up
+  "head": P(None, "tensor"),  # [E, V], where logits are computed
+  "vocabulary": P(ROWS, None, "tensor"),  # [parts of the rows, ..., V], logits of the update
 }
 
 
@@ -97,10 +99,11 @@ def row_shards(mesh: Mesh | AbstractMesh) -> int:
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def current_row_shards() -> int:
-  """Those of the mesh of the program that is being traced; 1 without one."""
+def row_parts(rows: int) -> int:
+  """Into how many equal parts `rows` are shared out, inside a program."""
   mesh = jax.sharding.get_abstract_mesh()
-  return 1 if mesh.empty else row_shards(mesh)
+  parts = 1 if mesh.empty else row_shards(mesh)
+  return parts if rows % parts == 0 else 1
 
 
 def constrain(x: jax.Array, name: str) -> jax.Array:

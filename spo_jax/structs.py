@@ -129,6 +129,20 @@ class Edges(struct.PyTreeNode):
   born: np.ndarray  # i32[B], iteration of the rollout
 
 
+class Trie(struct.PyTreeNode):
+  """How rows that begin alike share slots: each token once, behind those in front of it.
+
+  Slot t sees slot s where s <= t < end[s]: itself and what stands in front of it in its row.
+  Slots are in depth-first order, and rows that share nothing stand one behind the other.
+  """
+
+  positions: Array  # i32[B, L], of the token in its row
+  previous: Array  # i32[B, L], slot of the token in front of it; its own slot where none is
+  end: Array  # i32[B, L], one behind the last slot that sees it; 0: padding, seen by none
+  samples: Array  # i32[B], rows that are trained on
+  row_tokens: int = struct.field(pytree_node=False)  # of the longest row that may occur
+
+
 class TrainRows(struct.PyTreeNode):
   """Training rows of fixed width: the one form that the update consumes."""
 
@@ -137,6 +151,7 @@ class TrainRows(struct.PyTreeNode):
   mask: Array  # bool[B, L], where the loss looks
   logprobs: Array  # f32[B, L], of the behaviour policy, from generation
   advantages: Array  # f32[B, L]
+  trie: Trie | None = None  # None: one sample per row
 
 
 class TrainState(struct.PyTreeNode):

@@ -83,7 +83,7 @@ def learn(run: Run, rows: TrainRows, iteration: int) -> dict[str, float]:
   measured, tokens = [], 0
   for batch, used in packing.optimiser_batches(
     rows, config.train.batch_rows, config.train.micro_batch_rows, config.train.epochs,
-    run.experiment.rng(Purpose.SHUFFLE, iteration),
+    run.experiment.rng(Purpose.SHUFFLE, iteration), config.train.pack_tokens,
   ):  # fmt: skip
     tokens += int(batch.is_token.sum())
     on_device = (
@@ -159,6 +159,8 @@ def plan(experiment: Experiment) -> str:
     "tree": f"one tree each, branch factors {list(spo.branch_factors)}, {spo.segment_tokens} "
     f"tokens per level, {config.leaves} leaves",
   }.get(config.algorithm, f"{rollout.samples} responses each")
+  width = config.train.pack_tokens
+  packs = f" packs of {width} tokens" if width else ""
   devices = jax.devices()
   skipped = {f"bad rows of {file}": count for file, count in experiment.task.skipped.items()}
   left_out = {**skipped, **experiment.left_out}
@@ -173,7 +175,7 @@ def plan(experiment: Experiment) -> str:
     f"{config.train.iterations} iterations of {rollout.questions} questions: {shape}",
     f"rollouts: {rollout.rows} rows at once, {config.row_tokens} tokens each",
     f"updates: {config.train.batch_rows} rows in micro-batches of "
-    f"{config.train.micro_batch_rows}, {config.train.epochs} epochs",
+    f"{config.train.micro_batch_rows}{packs}, {config.train.epochs} epochs",
   ))  # fmt: skip
 
 

@@ -17,12 +17,14 @@ from jax.sharding import Mesh
 
 from spo_jax import model, sharding
 from spo_jax.advantages import whiten
+from spo_jax.attention import take_slots
 from spo_jax.compiles import program
 from spo_jax.config import ModelConfig, OptimizerConfig, TrainConfig
 from spo_jax.distributed import to_host
-from spo_jax.losses import kl_loss, policy_loss, token_logprobs
+from spo_jax.head import token_logprobs
+from spo_jax.losses import kl_loss, policy_loss
 from spo_jax.sharding import constrain, constrain_parameters
-from spo_jax.structs import TrainRows, TrainState
+from spo_jax.structs import TrainRows, TrainState, Trie
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -59,15 +61,19 @@ def score(
   params: model.Params,
   tokens: jax.Array,
   is_token: jax.Array,
+  mask: jax.Array,
   temperature: float | jax.Array = 1.0,
   remat: str = "none",
+  trie: Trie | None = None,
 ) -> jax.Array:
-  """Logprobs f32[B, L] of rows by a full forward: slot t scores token t, slot 0 is 0."""
-  hidden = model.hidden_states(config, params, tokens, is_token, remat)
-  logprobs = token_logprobs(
-    hidden[:, :-1], model.head_weight(config, params), tokens[:, 1:], temperature
-  )
-  return jnp.pad(logprobs, ((0, 0), (1, 0)))
+  """Logprobs f32[B, L] of the mask by a full forward: slot t scores token t, others are 0."""
+  hidden = model.hidden_states(config, params, tokens, is_token, remat, trie)
+  if trie is None:
+    states, tokens, mask = hidden[:, :-1], tokens[:, 1:], mask[:, 1:]
+  else:
+    states = take_slots(hidden, trie.previous)
+  logprobs = token_logprobs(states, model.head_weight(config, params), tokens, mask, temperature)
+  return jnp.pad(logprobs, ((0, 0), (1, 0))) if trie is None else logprobs
 
 
 @program(static_argnames=("config",))
@@ -76,10 +82,11 @@ def score_rows(
   params: model.Params,
   tokens: jax.Array,
   is_token: jax.Array,
+  mask: jax.Array,
   temperature: float,
 ) -> jax.Array:
   """`score` as a program of its own."""
-  return score(config, params, tokens, is_token, temperature)
+  return score(config, params, tokens, is_token, mask, temperature)
 
 
 @program(static_argnames=("config", "train", "optimizer"), donate_argnames=("state",))
@@ -99,13 +106,15 @@ def policy_update(
 
   Args:
     reference: parameters of the reference policy, None where train.kl.coefficient is 0.
-    batch: [micro-batches, rows, L]; used: i32[], how many micro-batches hold rows.
+    batch: [micro-batches, rows, L], of samples or of packs of them; used: i32[], how many
+      micro-batches hold rows.
   Returns: the new state and scalar metrics, means over the masked tokens of the batch.
   """
   kl = train.kl
   mask = batch.mask
   total_tokens = jnp.maximum(jnp.sum(mask), 1)
-  total_rows = jnp.maximum(jnp.sum(jnp.any(mask, axis=2)), 1)
+  samples = jnp.any(mask, axis=2) if batch.trie is None else batch.trie.samples
+  total_rows = jnp.maximum(jnp.sum(samples), 1)
   if train.whiten and train.official:
     advantages = jax.vmap(whiten)(batch.advantages, mask)
   elif train.whiten:
@@ -116,13 +125,14 @@ def policy_update(
   batch = batch.replace(advantages=advantages)
 
   def loss(params: model.Params, rows: TrainRows) -> tuple[jax.Array, dict[str, jax.Array]]:
-    logprobs = score(config, params, rows.tokens, rows.is_token, temperature, train.remat)
+    inputs = (rows.tokens, rows.is_token, rows.mask, temperature)
+    logprobs = score(config, params, *inputs, train.remat, rows.trie)
     objective, count, sums = policy_loss(
       logprobs, rows.logprobs, rows.advantages, rows.mask, train.clip_low, train.clip_high
     )
     divergence = jnp.float32(0)
     if reference is not None:
-      ref = score(config, reference, rows.tokens, rows.is_token, temperature)
+      ref = score(config, reference, *inputs, trie=rows.trie)
       floor = 0.0 if train.official else None
       divergence, _ = kl_loss(logprobs, ref, rows.mask, kl.kind, floor)
     if train.official:
@@ -198,7 +208,7 @@ def supervised_update(
 
   def loss(params: model.Params, rows: Any) -> tuple[jax.Array, tuple[()]]:
     tokens, is_token, mask = rows
-    logprobs = score(config, params, tokens, is_token, remat=remat)
+    logprobs = score(config, params, tokens, is_token, mask, remat=remat)
     return -jnp.sum(jnp.where(mask, logprobs, 0.0)) / count, ()
 
   batch = jax.tree.map(

@@ -47,7 +47,7 @@ checkpoint: {every: 2}
 """
 VARIANTS = {
   "chain": ("seed=0",),
-  "tree": ("algorithm=tree",),
+  "tree": ("algorithm=tree", "train.pack_tokens=64"),
   "grpo": (
     "algorithm=grpo", "train.kl.coefficient=0.1", "rollout.recompute_logprobs=true",
     "eval.validation_problems=8",

@@ -20,10 +20,11 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
-from spo_jax import algorithms, sampler, sharding
+from spo_jax import algorithms, head, sampler, sharding
 from spo_jax.config import load
 from spo_jax.experiment import build
 from spo_jax.packing import EdgeBuffer, optimiser_batches
@@ -42,6 +43,7 @@ SETTINGS = [
   "rollout.max_response_tokens=56", "rollout.temperature=1", "train.batch_rows=16",
   "train.micro_batch_rows=8", "train.kl.coefficient=0.1", "checkpoint.export=false",
 ]  # fmt: skip
+head.SMALL_VOCABULARY = 0  # packed as a large one
 # Leaves the gradient behind as its state, for everybody to see.
 KEEP_GRADIENT = optax.GradientTransformation(
   lambda params: jax.tree.map(jax.numpy.zeros_like, params),
@@ -81,19 +83,22 @@ def run(
       keep(algorithm, rows)
     facts["reshard_seconds"] = experiment.engine.take_counts()[1]["reshard"]
 
-    batch, used = next(iter(optimiser_batches(rows, 16, 8, 1, np.random.default_rng(0))))
-    arguments = (
-      state, reference, sharding.place(batch, "micro_batches", places),
-      sharding.place(np.int32(used), "scalar", places),
-      sharding.place(np.float32(1), "scalar", places),
-    )  # fmt: skip
-    update = policy_update.lower(
-      experiment.model_config, config.train, KEEP_GRADIENT, *arguments
-    ).compile()
-    facts["update"] = collectives(update.as_text())
-    state, metrics = update(*arguments)
-    facts["bytes_after"] = bytes_per_device(state)
-    keep("update", (metrics, state.opt_state))
+    for name, pack_tokens in (("packed", 200), ("update", 0)):
+      batch, used = next(
+        iter(optimiser_batches(rows, 16, 8, 1, np.random.default_rng(0), pack_tokens))
+      )
+      arguments = (
+        jax.tree.map(jnp.copy, state), reference, sharding.place(batch, "micro_batches", places),
+        sharding.place(np.int32(used), "scalar", places),
+        sharding.place(np.float32(1), "scalar", places),
+      )  # fmt: skip
+      update = policy_update.lower(
+        experiment.model_config, config.train, KEEP_GRADIENT, *arguments
+      ).compile()
+      facts[name] = collectives(update.as_text())
+      new_state, metrics = update(*arguments)
+      keep(name, (metrics, new_state.opt_state))
+    facts["bytes_after"] = bytes_per_device(new_state)
   name = "x".join(map(str, mesh)) + "-resharded" * any(rollout_mesh)
   np.savez(out / f"{name}.npz", **kept)
   (out / f"{name}.json").write_text(json.dumps(facts))

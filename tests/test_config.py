@@ -258,6 +258,10 @@ def test_without_a_file_there_are_defaults_and_overrides():
 
 IMPOSSIBLE = [
   ("train.batch_rows=10 train.micro_batch_rows=4", "train.batch_rows=10 train.micro_batch_rows=4"),
+  ("train.pack_tokens=1023", "train.pack_tokens=1023 1024"),
+  ("train.pack_tokens=4096 train.official=true", "train.pack_tokens=4096 train.official"),
+  ("train.pack_tokens=-1", "train.pack_tokens=-1"),
+  ('train.pack_tokens=1100 schedule=["5:rollout.max_response_tokens=900"]', "1100 1156"),
   ("algorithm=tree rollout.rows=100 spo.branch_factors=[6,6,6]", "216 rollout.rows=100"),
   ("algorithm=tree spo.branch_factors=[]", "spo.branch_factors=[]"),
   ("algorithm=tree spo.branch_factors=[2,0]", "spo.branch_factors=[2,"),

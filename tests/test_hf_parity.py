@@ -135,7 +135,7 @@ def test_logits_equal_torch(case):
 
 def test_token_logprobs_equal_torch(case):
   tokens, mask = batch(case.config.vocab_size)
-  ours = np.asarray(update.score_rows(case.config, case.params, tokens, mask, 1.0))
+  ours = np.asarray(update.score_rows(case.config, case.params, tokens, mask, mask, 1.0))
   logprobs = torch_logits(case.torch_model, tokens, mask).log_softmax(-1).numpy()
   theirs = np.take_along_axis(logprobs[:, :-1], tokens[:, 1:, None], -1)[..., 0]
   close(ours[:, 1:][mask[:, 1:]], theirs[mask[:, 1:]])

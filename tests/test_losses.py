@@ -21,7 +21,6 @@ value_loss = jax.jit(losses.value_loss)
 dvo_loss = jax.jit(losses.dvo_loss)
 kl_estimate = jax.jit(losses.kl_estimate, static_argnums=2)
 kl_loss = jax.jit(losses.kl_loss, static_argnums=(3, 4))
-token_logprobs = jax.jit(losses.token_logprobs, static_argnames="chunk_tokens")
 
 many = settings(deadline=None, max_examples=60)
 masks_drawn = hnp.arrays(bool, (B, T))
@@ -342,119 +341,9 @@ def test_dvo_weight_is_bounded_and_carries_no_gradient():
   close(gradient, np.repeat((weights * errors * 0.1)[:, None], 2, axis=1))
 
 
-# Token logprobs.
-
-
-def plain_logprobs(hidden, head, targets, temperature):
-  logits = hidden.astype(jnp.float32) @ head.astype(jnp.float32) / temperature
-  return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
-
-
-def head_problem(rows=3, length=10, width=4, vocab=17, seed=0):
-  rng = np.random.default_rng(seed)
-  hidden = rng.normal(size=(rows, length, width)).astype(np.float32)
-  head = rng.normal(size=(width, vocab)).astype(np.float32)
-  return hidden, head, rng.integers(0, vocab, (rows, length))
-
-
-@functools.cache
-def weighted_sum(function, *chunk_tokens):
-  """((weighted sum, logprobs), gradients for hidden, head and temperature)."""
-  hidden, head, targets = head_problem()
-  weights = np.random.default_rng(1).normal(size=targets.shape)
-
-  def total(hidden, head, temperature):
-    logprobs = function(hidden, head, targets, temperature, *chunk_tokens)
-    return (logprobs * weights).sum(), logprobs
-
-  value_and_grad = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))
-  return value_and_grad(hidden, head, np.float32(0.6))
-
-
-@pytest.mark.parametrize("chunk_tokens", [None, 3, 64])
-def test_token_logprobs_and_gradients_equal_log_softmax(chunk_tokens):
-  chunked = weighted_sum(losses.token_logprobs, chunk_tokens)
-  jax.tree.map(close, chunked, weighted_sum(plain_logprobs))
-
-
-def array_sizes(jaxpr):
-  """Sizes of all arrays that a jaxpr computes, inner jaxprs included."""
-  for equation in jaxpr.eqns:
-    yield from (variable.aval.size for variable in equation.outvars)
-    for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
-      if hasattr(inner, "eqns"):
-        yield from array_sizes(inner)
-
-
-@pytest.mark.parametrize("chunk_tokens", [None, 1, 3, 9])
-def test_no_array_of_all_logits_forward_or_backward(chunk_tokens):
-  hidden, head, targets = head_problem(rows=3, length=10, width=2, vocab=50)
-  everything = targets.size * head.shape[1]
-
-  def largest(function):
-    total = jax.value_and_grad(lambda h, w: function(h, w).sum(), (0, 1))
-    return max(array_sizes(jax.make_jaxpr(total)(hidden, head).jaxpr))
-
-  chunked = largest(lambda h, w: losses.token_logprobs(h, w, targets, 1.0, chunk_tokens))
-  assert chunked == everything * (chunk_tokens or 5) // 10
-  assert largest(lambda h, w: plain_logprobs(h, w, targets, 1.0)) >= everything
-
-
-def test_default_chunk_is_bounded_by_the_vocabulary():
-  shapes = [(4, 512, 8), (8, 151_936), (4, 512)]
-  arrays = [
-    jax.ShapeDtypeStruct(s, d) for s, d in zip(shapes, (jnp.bfloat16, jnp.bfloat16, jnp.int32))
-  ]
-  total = jax.value_and_grad(lambda h, w, y: losses.token_logprobs(h, w, y).sum(), (0, 1))
-  largest = max(array_sizes(jax.make_jaxpr(total)(*arrays).jaxpr))
-  assert 2**26 < largest <= 2**27
-
-
-def test_bfloat16_inputs_give_float32_logprobs_and_sum_head_gradients_in_float32():
-  hidden, head, targets = head_problem(rows=2, length=256, width=4, vocab=5)
-  hidden, head = hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16)
-
-  def total(head, function, *chunk_tokens):
-    logprobs = function(hidden, head, targets, 1.0, *chunk_tokens)
-    return logprobs.sum(), logprobs
-
-  grad = jax.jit(jax.grad(total, has_aux=True), static_argnums=(1, 2))
-  gradient, logprobs = grad(head, losses.token_logprobs, 1)
-  exact, expected = grad(head.astype(np.float32), plain_logprobs)
-  assert (logprobs.dtype, gradient.dtype) == (jnp.float32, jnp.bfloat16)
-  close(logprobs, expected)
-  error = np.abs(gradient.astype(jnp.float32) - exact).max() / np.abs(exact).max()
-  assert error < 2**-8, "256 additions in bfloat16 would lose several percent"
-
-
-def test_extreme_logits_stay_finite():
-  hidden = np.array([[[1000.0], [-1000.0]]], np.float32)
-  head, targets = np.array([[1.0, -1.0, 0.0]], np.float32), np.array([[0, 0]])
-  close(token_logprobs(hidden, head, targets), [[0, -2000]])
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (2, 0), (0, 3)])
-def test_smallest_shapes(shape):
-  hidden, head = np.ones((*shape, 2), np.float32), np.ones((2, 4), np.float32)
-  logprobs = token_logprobs(hidden, head, np.zeros(shape, np.int32))
-  close(logprobs, np.full(shape, -np.log(4)))
-
-
-def test_a_row_does_not_depend_on_its_mates():
-  hidden, head, targets = head_problem()
-  whole = token_logprobs(hidden, head, targets, chunk_tokens=3)
-  for b in range(3):
-    alone = token_logprobs(hidden[b : b + 1], head, targets[b : b + 1], chunk_tokens=3)
-    close(alone, whole[b : b + 1], 1e-6)
-
-
 def test_bad_arguments_name_themselves_and_the_choices():
   x = np.zeros((1, 2))
   with pytest.raises(ValueError, match=r"'k4'.*k1, abs, k2, k3"):
     losses.kl_estimate(x, x, "k4")
-  with pytest.raises(ValueError, match="chunk_tokens=0"):
-    losses.token_logprobs(np.zeros((1, 2, 3)), np.zeros((3, 4)), x, 1.0, 0)
   with pytest.raises(AssertionError):
     losses.policy_loss(x, x, x, np.zeros((1, 3)), 0.2, 0.2)
-  with pytest.raises(AssertionError):
-    losses.token_logprobs(x, x, x)

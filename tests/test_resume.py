@@ -188,7 +188,9 @@ def test_ctrl_c_in_a_compilation_is_answered_at_once(config, tmp_path):
   run.send_signal(signal.SIGINT)
   _, err = run.communicate()
   assert run.returncode == 130
-  assert "--resume" in err and err.count("\n") == 1, err
+  # Where the signal falls into a callback of Python's collector, that prints in front of our line.
+  *others, said = err.splitlines()
+  assert "--resume" in said and (not others or others[0].startswith("Exception ignored in")), err
 
 
 @pytest.mark.parametrize("damage", ["a truncated file", "a missing file"])

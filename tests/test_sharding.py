@@ -23,8 +23,9 @@ pytest_plugins = ["runs"]
 TESTS = Path(__file__).parent
 MESHES = ((8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2), (2, 1, 4))
 RESHARDED = "1x8x1-resharded"  # trained on this mesh, sampled on 4x1x2
-EMBEDDING = [264, 32]
-PROGRAMS = ("update", "prefill", "grow")
+VOCABULARY = 264
+EMBEDDING = [VOCABULARY, 32]
+PROGRAMS = ("update", "packed", "prefill", "grow")
 
 
 def name_of(mesh):
@@ -125,6 +126,16 @@ def test_rollouts_in_another_layout_hold_the_parameters_in_it(measured):
   assert whole / 2 <= held <= whole / 2 + 0.02 * whole  # tensor=2
   assert max(same["rollout_bytes_per_device"]) <= whole / 8 + 0.02 * whole
   assert facts["reshard_seconds"] > 0 == same["reshard_seconds"]
+
+
+@pytest.mark.devices
+@pytest.mark.parametrize("mesh", [(1, 4, 2), (2, 2, 2), (2, 1, 4)], ids=name_of)
+def test_where_the_vocabulary_is_shared_out_no_logits_travel(measured, mesh):
+  """The update adds up maxima and sums over the vocabulary; nothing as wide as it moves."""
+  for name in ("update", "packed"):
+    moved = [shape for _, shape in measured(mesh)[1][name]]
+    assert moved
+    assert not [shape for shape in moved if VOCABULARY in shape]
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,9 @@ def test_remat_changes_no_gradient():
   batch = jax.tree.map(lambda x: x[0], batch)
 
   def loss(params, remat):
-    scores = score(CONFIG, params, batch.tokens, batch.is_token, temperature, remat)
+    scores = score(
+      CONFIG, params, batch.tokens, batch.is_token, batch.is_token, temperature, remat
+    )
     return jnp.sum(jnp.where(batch.mask, batch.advantages * scores, 0))
 
   gradients = jax.jit(lambda p: tuple(jax.grad(loss)(p, remat) for remat in KINDS))
@@ -136,7 +138,7 @@ def test_bfloat16_is_for_matrix_products_and_float32_for_all_that_is_summed_up()
   layers = jax.make_jaxpr(partial(model.hidden_states, half))(*rows)
   assert operands(layers.jaxpr)["dot_general"] == {"bfloat16"}
   assert layers.out_avals[0].dtype == jnp.bfloat16
-  scored = score_rows.trace(half, *rows, temperature)
+  scored = score_rows.trace(half, *rows, batch.mask[0], temperature)
   # Of both softmaxes, the logprobs, the norms and the positions.
   for name in ("exp", "log", "reduce_max", "reduce_sum", "rsqrt", "cos", "sin"):
     assert operands(scored.jaxpr.jaxpr)[name] == {"float32"}, name

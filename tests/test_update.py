@@ -72,7 +72,7 @@ def random_rows(seed=0):
 
 
 def own_logprobs(tokens, is_token, params=PARAMS):
-  return np.asarray(score_rows(CONFIG, params, tokens, is_token, TEMPERATURE))
+  return np.asarray(score_rows(CONFIG, params, tokens, is_token, is_token, TEMPERATURE))
 
 
 def update(train, rows, micro=2, optimizer=KEEP_GRADIENT, params=PARAMS, used=None):
@@ -251,7 +251,7 @@ def traced(train, config=CONFIG, shape=(4, 2, L), reference=True):
 
 
 def test_no_kl_costs_no_forward_of_a_reference():
-  shapes = (jnp.zeros((2, L), jnp.int32), jnp.ones((2, L), bool))
+  shapes = (jnp.zeros((2, L), jnp.int32), *[jnp.ones((2, L), bool)] * 2)
   forward = count_matmuls(score_rows.trace(CONFIG, PARAMS, *shapes, TEMPERATURE).jaxpr.jaxpr)
   without = count_matmuls(traced(DEFAULT, reference=False))
   assert forward > 5

@@ -31,6 +31,8 @@ def validate(config: Config) -> None:
       f"train.batch_rows={train.batch_rows} is not divisible by train.micro_batch_rows="
       f"{train.micro_batch_rows}. Set train.micro_batch_rows to a divisor of it."
     )
+  if train.pack_tokens:
+    _validate_packs(config)
   if config.sft.batch_rows % (config.sft.micro_batch_rows or config.sft.batch_rows):
     raise ConfigError(
       f"sft.batch_rows={config.sft.batch_rows} is not divisible by sft.micro_batch_rows="
@@ -50,6 +52,20 @@ def validate(config: Config) -> None:
     raise ConfigError(
       f"algorithm={config.algorithm} compares samples of one question; rollout.samples="
       f"{rollout.samples} leaves nothing to compare. Raise it to 2 or more."
+    )
+
+
+def _validate_packs(config: Config) -> None:
+  width, longest = config.train.pack_tokens, config.row_tokens
+  if width < longest:
+    raise ConfigError(
+      f"train.pack_tokens={width} cannot hold a row of rollout.max_prompt_tokens + "
+      f"rollout.max_response_tokens = {longest} tokens. Raise it to {longest}, or set 0."
+    )
+  if config.train.official:
+    raise ConfigError(
+      f"train.official averages over micro-batches of samples; train.pack_tokens={width} packs "
+      "several into one row. Set it to 0."
     )
 
 
@@ -134,9 +150,10 @@ def _validate_ranges(config: Config) -> None:
     "rollout.questions": 1, "rollout.samples": 1, "rollout.rows": 1,
     "rollout.max_prompt_tokens": 1, "rollout.max_response_tokens": 1, "rollout.temperature": 0,
     "rollout.top_k": 0, "train.iterations": 0, "train.epochs": 1, "train.batch_rows": 1,
-    "train.micro_batch_rows": 1, "train.clip_low": 0, "train.clip_high": 0, "train.max_ratio": 1,
-    "train.kl.coefficient": 0, "optimizer.learning_rate": 0, "optimizer.warmup_steps": 0,
-    "optimizer.weight_decay": 0, "optimizer.clip_norm": 0, "sft.max_steps": 0,
+    "train.micro_batch_rows": 1, "train.pack_tokens": 0, "train.clip_low": 0, "train.clip_high": 0,
+    "train.max_ratio": 1, "train.kl.coefficient": 0, "optimizer.learning_rate": 0,
+    "optimizer.warmup_steps": 0, "optimizer.weight_decay": 0, "optimizer.clip_norm": 0,
+    "sft.max_steps": 0,
     "sft.batch_rows": 1, "sft.micro_batch_rows": 0, "eval.validation_problems": 0,
     "sft.check_every": 1, "sft.check_problems": 1,
     "sft.optimizer.learning_rate": 0, "sft.optimizer.warmup_steps": 0,

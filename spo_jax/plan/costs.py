@@ -54,7 +54,7 @@ def item_bytes(c: ModelConfig) -> int:
   return 2 if c.compute_dtype == "bfloat16" else 4
 
 
-def forward(c: ModelConfig, rows: int, length: int, split: Split) -> Cost:
+def forward(c: ModelConfig, rows: int, length: int, split: Split, keys: int = 0) -> Cost:
   """Full forward of i32[rows, length] to hidden states: projections and `attention`.
 
     FLOPs = tokens * layers * 2 W
@@ -67,19 +67,22 @@ def forward(c: ModelConfig, rows: int, length: int, split: Split) -> Cost:
   activations = 2 * item * tokens * (6 * c.hidden_size + inside / split.tensor)
   weights = item * layer_weights(c) / split.tensor
   layer = Cost(2 * layer_weights(c) * tokens / split.tensor, weights + activations)
-  return layer * c.num_layers + attention(c, rows, length, split)
+  return layer * c.num_layers + attention(c, rows, length, split, keys)
 
 
-def attention(c: ModelConfig, rows: int, length: int, split: Split) -> Cost:
+def attention(c: ModelConfig, rows: int, length: int, split: Split, keys: int = 0) -> Cost:
   """Both products with every pair of slots of a row, or with the half of them that is seen.
 
     FLOPs = layers * rows * length^2 * 4 N H
 
   Bytes: each score is written and read in float32 and once more in the compute dtype, unless
   it stays on the chip.
+
+  Args:
+    keys: of a pack, those that a query is compared with; 0: a row, all of its slots.
   """
-  pairs = split.rows_per_chip(rows) * length**2 * c.num_heads / split.tensor
-  if split.fused:
+  pairs = split.rows_per_chip(rows) * length * (keys or length) * c.num_heads / split.tensor
+  if split.fused and not keys:
     return Cost(2 * pairs * head_width(c)) * c.num_layers
   return Cost(4 * pairs * head_width(c), 2 * (MASTER_BYTES + item_bytes(c)) * pairs) * c.num_layers
 
@@ -115,17 +118,21 @@ def decode(c: ModelConfig, rows: int, slots: int, steps: int, split: Split) -> C
 
 def update(
   c: ModelConfig, parameters: int, micro_batches: int, rows: int, length: int, reference: bool,
-  remat: str, split: Split,
+  remat: str, split: Split, keys: int = 0,
 ) -> Cost:  # fmt: skip
   """Gradients over micro-batches of i32[rows, length], one step of AdamW.
 
   A backward pass is two forwards, and what `remat` computes again: all of the layers, or their
-  attention alone. The head is computed once more as well, because its logits are not kept. The
-  gradient is written, added to the sum and read (4 bytes, 4 times); the step reads parameter,
-  gradient and both moments and writes all but the gradient.
+  attention alone, as packs (`keys`, see `attention`) always do. The head is computed once more as
+  well, because its logits are not kept. The gradient is written, added to the sum and read
+  (4 bytes, 4 times); the step reads parameter, gradient and both moments and writes all but the
+  gradient.
   """
-  body, logits = forward(c, rows, length, split), head(c, rows, length, split)
-  again = {"none": Cost(), "dots": attention(c, rows, length, split), "layer": body}[remat]
+  body, logits = forward(c, rows, length, split, keys), head(c, rows, length, split)
+  scores = attention(c, rows, length, split, keys)
+  again = {"none": Cost(), "dots": scores, "layer": body}[remat]
+  if keys:
+    again += scores
   one = body * 3 + again + logits * 4
   if reference:
     one += body + logits
@@ -133,12 +140,15 @@ def update(
   return (one + Cost(bytes=4 * own)) * micro_batches + Cost(bytes=7 * own)
 
 
-def kept_per_layer(c: ModelConfig, rows: int, length: int, remat: str, split: Split) -> float:
+def kept_per_layer(
+  c: ModelConfig, rows: int, length: int, remat: str, split: Split, keys: int = 0
+) -> float:
   """Bytes that one more layer adds to an update at least: its gradient, and what its forward
   leaves for its backward pass.
 
   Per token: its input (layer), the outputs of its projections too (dots), or also what stands
-  between them (none), scores of attention included unless they stay on the chip.
+  between them (none), scores of attention included unless they stay on the chip or, in packs
+  (`keys`), are computed again.
   """
   width, item = head_width(c), item_bytes(c)
   tokens = split.rows_per_chip(rows) * length
@@ -150,7 +160,7 @@ def kept_per_layer(c: ModelConfig, rows: int, length: int, remat: str, split: Sp
   if remat == "none":
     inside = c.num_heads * width + 2 * c.intermediate_size
     elements += 2 * c.hidden_size + inside / split.tensor
-    if not split.fused:
+    if not split.fused and not keys:
       scores = (MASTER_BYTES + item) * tokens * length * c.num_heads / split.tensor
   gradient = MASTER_BYTES * layer_weights(c) / split.parameters
   return gradient + item * tokens * elements + scores

@@ -13,11 +13,12 @@ import optax
 from jax.sharding import Mesh
 
 from spo_jax import model, sampler, sharding
-from spo_jax.attention import kernel_for
+from spo_jax.attention import kernel_for, trie_keys
 from spo_jax.config import Config, ModelConfig, OptimizerConfig
+from spo_jax.packs import most_packs
 from spo_jax.plan import costs
 from spo_jax.queues import QUEUE, filled, kept_at_once
-from spo_jax.structs import KVStore, Requests, Sampling, TrainRows
+from spo_jax.structs import KVStore, Requests, Sampling, TrainRows, Trie
 from spo_jax.update import (
   make_optimizer,
   policy_update,
@@ -266,7 +267,7 @@ class Programs:
         return _lower(
           score_rows,
           shapes.model_config, shapes.params(), _host(shape), _host(shape, bool),
-          rollout.temperature,
+          _host(shape, bool), rollout.temperature,
         )  # fmt: skip
 
     held, beside = self._sampled(waiting)
@@ -280,20 +281,24 @@ class Programs:
 
   def _update(self) -> Program:
     config, train = self.config, self.config.train
-    length, micro = config.row_tokens, train.micro_batch_rows
-    micro_batches = train.batch_rows // micro
+    length, micro, keys, most = config.row_tokens, train.micro_batch_rows, 0, train.batch_rows
+    if train.pack_tokens:
+      length, most = train.pack_tokens, most_packs(most, length, train.pack_tokens)
+      keys = trie_keys(length, config.row_tokens)
+    micro_batches = -(-most // micro)
     reference = bool(train.kl.coefficient)
 
     def lower(layers: int) -> Any:
       shapes = self._shapes(layers, self.mesh)
       state, optimizer = shapes.state(config.optimizer)
 
-      def rows(dtype: Any) -> Any:
-        return shapes.array("micro_batches", (micro_batches, micro, length), dtype)
+      def rows(dtype: Any, *columns: int) -> Any:
+        return shapes.array("micro_batches", (micro_batches, micro, *columns), dtype)
 
-      batch = TrainRows(
-        rows(jnp.int32), rows(bool), rows(bool), rows(jnp.float32), rows(jnp.float32)
-      )
+      slots, numbers = rows(jnp.int32, length), rows(jnp.float32, length)
+      trie = Trie(slots, slots, slots, rows(jnp.int32), config.row_tokens)
+      is_any = rows(bool, length)
+      batch = TrainRows(slots, is_any, is_any, numbers, numbers, trie if keys else None)
       with jax.set_mesh(self.mesh):
         return _lower(
           policy_update,
@@ -306,19 +311,18 @@ class Programs:
       rows = config.spo.edges_per_iteration
     cost = costs.update(
       self.model_config, self.count, micro_batches, micro, length, reference, train.remat,
-      self._split(self.mesh),
+      self._split(self.mesh), keys,
     )  # fmt: skip
     return Program(
       "update", lower, cost, train.epochs * -(-rows // train.batch_rows),
-      train.batch_rows * length, {r"update\)/while$": micro_batches}, "train.micro_batch_rows",
-      {**self.held, "kv_cache": 0}, 0, self._kept(micro),
+      most * length, {r"update\)/while$": micro_batches}, "train.micro_batch_rows",
+      {**self.held, "kv_cache": 0}, 0, self._kept(micro, length, keys),
     )  # fmt: skip
 
-  def _kept(self, rows: int) -> float:
+  def _kept(self, rows: int, length: int, keys: int = 0) -> float:
     return costs.kept_per_layer(
-      self.model_config, rows, self.config.row_tokens, self.config.train.remat,
-      self._split(self.mesh),
-    )  # fmt: skip
+      self.model_config, rows, length, self.config.train.remat, self._split(self.mesh), keys
+    )
 
   def _evaluation(self) -> list[Program]:
     config = self.config
@@ -356,5 +360,5 @@ class Programs:
     return Program(
       "supervised update", lower, cost, 0, sft.batch_rows * length,
       {r"update\)/while$": micro_batches}, "sft.micro_batch_rows",
-      {**self.held, "reference": 0, "kv_cache": 0}, 0, self._kept(micro),
+      {**self.held, "reference": 0, "kv_cache": 0}, 0, self._kept(micro, length),
     )  # fmt: skip
