@@ -278,22 +278,14 @@ def logits(config: ModelConfig, params: Params, tokens: jax.Array, mask: jax.Arr
 
 
 def prefill(
-  config: ModelConfig, params: Params, tokens: jax.Array, lengths: jax.Array, slots: int
-) -> KVCache:
-  """Encodes prompts once.
+  config: ModelConfig, params: Params, tokens: jax.Array, lengths: jax.Array
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+  """Keys and values of right-padded rows, per layer [B, K, L, H]; those of padding mean nothing.
 
   Args:
-    tokens: i32[B, L] right-padded; lengths: i32[B]; slots: capacity C >= L of each row.
-  Returns: a cache of `lengths` tokens per row. Padding is stored but never seen: the
-    slots at `length` and beyond are written before they are attended.
+    tokens: i32[B, L]; lengths: i32[B].
   """
-  width = tokens.shape[1]
-  _, presents = _causal(config, params, tokens, jnp.arange(width) < lengths[:, None])
-  pad = ((0, 0), (0, 0), (0, slots - width), (0, 0))
-  keys, values = (
-    tuple(constrain(jnp.pad(x, pad), "cache") for x in layers) for layers in presents
-  )
-  return KVCache(keys=keys, values=values, length=lengths)
+  return _causal(config, params, tokens, jnp.arange(tokens.shape[1]) < lengths[:, None])[1]
 
 
 def decode_step(

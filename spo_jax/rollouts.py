@@ -1,14 +1,15 @@
 """Which rows grow next: flat responses, chains of cutpoints, trees.
 
-Every prompt is prefilled once; everything else is forked from rows that exist. Text
-exists only inside `grade`, on the host.
+Every prompt is prefilled once; everything else grows from rows that exist. The rows of an iteration
+wait in one queue for the slots of the engine. Text exists only inside `grade`, on the
+host.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,9 +24,27 @@ from spo_jax.config import ModelConfig
 from spo_jax.distributed import gather, own_share, to_host
 from spo_jax.layout import before, concatenate, fill, join, select, unsampled
 from spo_jax.model import Params
+from spo_jax.queues import (
+  QUEUE,
+  at_prompts,
+  behind,
+  filled,
+  kept_at_once,
+  only,
+  queues,
+  unique_prefixes,
+)
 from spo_jax.segments import cutpoint_segments, segment_starts
 from spo_jax.stops import prefix_states
-from spo_jax.structs import KVCache, Prompts, RolloutTree, Samples, Sampling, Trajectories
+from spo_jax.structs import (
+  KVStore,
+  Prompts,
+  Requests,
+  RolloutTree,
+  Samples,
+  Sampling,
+  Trajectories,
+)
 
 # (problems, response tokens i32[B, T], lengths i32[B], finished bool[B]) -> rewards f32[B]
 Grade = Callable[[Sequence[Any], np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -38,19 +57,21 @@ class Engine:
   """What samples and grades. Counts and seconds add up until they are taken.
 
   Attributes:
-    mesh: where it samples, None: where the parameters are. Rows are filled up so that all of
-      its devices share them.
+    rows: slots of the sampler; the number of rows to grow is not bound by it.
+    mesh: where it samples, None: where the parameters are. Its devices share slots and rows.
+    kv_bytes: the most bytes of keys and values held at a time since counts were last taken.
   """
 
   config: ModelConfig
   sampling: Sampling
-  rows: int  # rows decoded at once: the shape of every program
+  rows: int  # decoded at once
   response_tokens: int  # T
   grade_fn: Grade
   mesh: Mesh | None = None
   counts: dict[str, int] = field(default_factory=dict)
   grade_seconds: float = 0.0
   reshard_seconds: float = 0.0
+  kv_bytes: int = 0
 
   def __post_init__(self) -> None:
     self.take_counts()
@@ -60,6 +81,7 @@ class Engine:
     taken = self.counts, {"grade": self.grade_seconds, "reshard": self.reshard_seconds}
     self.counts = dict.fromkeys(("prefilled", "decoded", "unique", "slot_steps"), 0)
     self.grade_seconds = self.reshard_seconds = 0.0
+    self.kv_bytes = 0
     return taken
 
   def place(self, params: Params) -> Params:
@@ -74,10 +96,17 @@ class Engine:
   def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-  def _shared_out(self, x: np.ndarray, filler: int = 0) -> np.ndarray:
-    """i32 rows, filled up to a number that all devices share."""
-    shards = 1 if self.mesh is None else sharding.row_shards(self.mesh)
-    return fill(x.astype(np.int32), -(-len(x) // shards) * shards, filler)
+  @property
+  def shards(self) -> int:
+    """Parts into which rows are shared out."""
+    return 1 if self.mesh is None else sharding.row_shards(self.mesh)
+
+  @property
+  def slots(self) -> int:
+    return -(-self.rows // self.shards) * self.shards
+
+  def filled(self, questions: int, each: int) -> int:
+    return filled(questions, each, self.rows, self.shards)
 
   def grade(self, prompts: Prompts, prompt: np.ndarray, samples: Samples) -> np.ndarray:
     """Rewards f32[B] of whole responses to prompts i[B]; the only place where text is made.
@@ -93,46 +122,55 @@ class Engine:
     self.grade_seconds += time.perf_counter() - started
     return rewards
 
-  def prefill(self, params: Params, tokens: np.ndarray, lengths: np.ndarray) -> KVCache:
+  def prefill(self, params: Params, tokens: np.ndarray, lengths: np.ndarray) -> KVStore:
     """Encodes prompts i32[P, Lp]; rows of length 0 are fillers of the fixed shape."""
     self.counts["prefilled"] += int(lengths.sum())
-    slots = tokens.shape[1] + self.response_tokens
-    tokens, lengths = self._shared_out(tokens), self._shared_out(np.maximum(lengths, 1), 1)
     with self._on_mesh():
-      return sampler.prefill(self.config, params, tokens, lengths, slots=slots)
+      return sampler.prefill(self.config, params, tokens, np.maximum(lengths, 1))
 
   def grow(
     self,
     params: Params,
-    cache: KVCache,
-    parent: np.ndarray,
-    prefix: np.ndarray,
-    token: np.ndarray,
-    stop_state: np.ndarray,
+    stores: tuple[KVStore, ...],
+    requests: Requests,
     key: jax.Array,
-    ids: np.ndarray,
-    limit: np.ndarray,
+    room: int,
     max_tokens: int,
-    keep_cache: bool = False,
-  ) -> tuple[Samples, Any, jax.Array]:
+    keep: bool = False,
+  ) -> tuple[Samples, KVStore | None, jax.Array]:
     """`sampler.grow`, still on the device; `fetch` brings the samples over.
 
-    Fillers may follow the rows that were asked for.
+    Args:
+      stores: prompts, then what responses are made of; room: tokens of response that the
+        context of a request and what it samples may have together.
     """
+    self._assert_pieces_are_near(stores, requests)
+    slots, rows = min(self.slots, len(requests.limit)), len(requests.limit)
+    width = sampler.store_width(stores[0]) + room
+    held = sum(x.nbytes for x in jax.tree.leaves(stores))
+    held += sampler.store_bytes(self.config, slots, width)
+    held += sampler.store_bytes(self.config, rows, max_tokens) if keep else 0
+    self.kv_bytes = max(self.kv_bytes, held)
     if self.mesh is not None and not sharding.is_on(key, self.mesh):
       key = sharding.move(key, self.mesh)
     with self._on_mesh():
       return sampler.grow(
-        self.config, params, cache, self._shared_out(parent), self._shared_out(prefix, 1),
-        self._shared_out(token), self._shared_out(stop_state), key, self._shared_out(ids),
-        self._shared_out(limit), self.sampling, max_tokens=max_tokens, keep_cache=keep_cache,
+        self.config, params, stores, requests, key, self.sampling, slots=slots, width=width,
+        max_tokens=max_tokens, keep=keep,
       )  # fmt: skip
 
-  def fetch(self, samples: Samples, steps: jax.Array) -> Samples:
+  def _assert_pieces_are_near(self, stores: tuple[KVStore, ...], requests: Requests) -> None:
+    """Nothing is sent from shard to shard: each has the pieces of its own requests."""
+    counts = np.array([len(store.keys[0]) for store in stores])
+    own = np.arange(len(requests.limit)) * self.shards // len(requests.limit)
+    is_near = requests.pieces * self.shards // counts == own[:, None]
+    assert is_near[requests.limit > 0].all(), "a request lies apart from the pieces of its context"
+
+  def fetch(self, samples: Samples, slot_steps: jax.Array) -> Samples:
     """Host copy of what was sampled, counted."""
-    on_host, steps = to_host((samples, steps))
+    on_host, slot_steps = to_host((samples, slot_steps))
     self.counts["decoded"] += int(on_host.lengths.sum())
-    self.counts["slot_steps"] += int(steps) * len(on_host.lengths)
+    self.counts["slot_steps"] += int(slot_steps)
     return on_host
 
   def count_unique(self, *lengths: np.ndarray) -> None:
@@ -161,24 +199,19 @@ def flat(
   key: jax.Array,
   score: Score | None = None,
 ) -> Trajectories:
-  """`samples` responses per question, one segment each (GRPO, RLOO, evaluation).
-
-  Raises: ValueError where `engine.rows` does not hold the samples of one question.
-  """
-  params, parts = engine.place(params), []
-  for prompt, response, _ in _respond(engine, params, prompts, samples, key, score):
-    parts.append(
-      Trajectories(
-        prompt=prompt,
-        samples=response,
-        rewards=engine.grade(prompts, prompt, response),
-        segment=before(response.lengths, engine.response_tokens).astype(np.int32) - 1,
-        values=np.zeros((len(prompt), 1), np.float32),
-      )
-    )
-  taken = concatenate(parts)
-  engine.count_unique(prompts.lengths, taken.samples.lengths)
-  return taken
+  """`samples` responses per question, one segment each (GRPO, RLOO, evaluation)."""
+  params = engine.place(params)
+  prompt, response, _ = _respond(
+    engine, params, prompts, 0, len(prompts.lengths), samples, key, score
+  )
+  engine.count_unique(prompts.lengths, response.lengths)
+  return Trajectories(
+    prompt=prompt,
+    samples=response,
+    rewards=engine.grade(prompts, prompt, response),
+    segment=before(response.lengths, engine.response_tokens).astype(np.int32) - 1,
+    values=np.zeros((len(prompt), 1), np.float32),
+  )
 
 
 def chain(
@@ -197,25 +230,27 @@ def chain(
   V(s_b) is the mean reward of `continuations` fresh rollouts from s_b; identical prefixes
   are estimated once; behind the last segment stands the response's own reward
   (SPO-chain, arXiv:2505.23564).
-
-  Raises: ValueError where `engine.rows` does not hold the samples of one question.
   """
   own_key, continue_key = jax.random.split(key)
   max_segments = -(-engine.response_tokens // interval)
   params, parts, estimated = engine.place(params), [], 0
-  for prompt, response, cache in _respond(engine, params, prompts, samples, own_key, score):
+  at_once = kept_at_once(len(prompts.lengths), samples, engine.slots)
+  for first in range(0, len(prompts.lengths), at_once):
+    prompt, response, stores = _respond(
+      engine, params, prompts, first, at_once, samples, own_key, score, keep=True
+    )
     segment, starts = to_host(
       _cut(response.logprobs, response.lengths, threshold, interval, max_segments=max_segments)
     )
     values = np.zeros(starts.shape, np.float32)
     row, k = np.nonzero(starts < engine.response_tokens)
-    first, inverse = _unique_prefixes(prompt, response.tokens, row, starts[row, k])
+    distinct, inverse = unique_prefixes(prompt, response.tokens, row, starts[row, k])
     means = _continue(
-      engine, params, cache, prompts, prompt, response, row[first], starts[row, k][first],
+      engine, params, stores, prompts, prompt, response, row[distinct], starts[row, k][distinct],
       continuations, continue_key, estimated,
     )  # fmt: skip
     values[row, k] = means[inverse]
-    estimated += len(first)
+    estimated += len(distinct)
     parts.append(
       Trajectories(
         prompt=prompt,
@@ -240,77 +275,91 @@ def tree(
 ) -> RolloutTree:
   """Trees of fixed-length segments; a node that ends early is a leaf, the last level runs free.
 
-  As many whole trees as `engine.rows` holds grow at once (SPO-tree, arXiv:2505.23564).
-
-  Raises: ValueError where `engine.rows` does not hold the leaves of one.
+  All trees grow level by level (SPO-tree, arXiv:2505.23564).
   """
-  at_once = _groups_at_once(engine, int(np.prod(branch_factors)), "leaves of a tree")
-  params, parts = engine.place(params), []
-  for first in range(0, len(prompts.lengths), at_once):
-    rows = np.arange(first, min(first + at_once, len(prompts.lengths)))
-    parts.append(
-      _grow_trees(engine, params, prompts, rows, at_once, branch_factors, segment_tokens, key)
+  params = engine.place(params)
+  questions = len(prompts.lengths)
+  count = engine.filled(questions, int(np.prod(branch_factors)))
+  tokens, lengths = _take(prompts, np.arange(questions), count)
+  stores: tuple[KVStore, ...] = (engine.prefill(params, tokens, lengths),)
+  nodes = at_prompts(tokens, lengths)
+  alive = np.arange(count) < questions
+  # The whole response down to each node of the level above.
+  path = unsampled(count, engine.response_tokens)
+  levels = []
+  for depth, branch in enumerate(branch_factors):
+    is_last = depth == len(branch_factors) - 1
+    begun = depth * segment_tokens
+    max_tokens = engine.response_tokens - begun if is_last else segment_tokens
+    parent = np.repeat(np.arange(len(alive)), branch)
+    valid = alive[parent]
+    # A node's key is its place in its own tree and the question's place in the iteration.
+    nodes = select(nodes, parent).replace(
+      ids=np.arange(len(parent), dtype=np.int32), limit=(valid * max_tokens).astype(np.int32)
     )
-  taken = concatenate(parts)
-  own = (lengths[valid] for lengths, valid in zip(taken.lengths, taken.valid))
-  engine.count_unique(prompts.lengths, *own)
-  return taken
+    drawn, kept, slot_steps = engine.grow(
+      params, stores, nodes, jax.random.fold_in(key, depth), begun + max_tokens, max_tokens,
+      keep=not is_last,
+    )  # fmt: skip
+    own = engine.fetch(drawn, slot_steps)
+    path = join(path.tokens[parent], path.lengths[parent], own)
+    graded = np.flatnonzero(valid & (own.finished | is_last))
+    rewards = np.zeros(len(parent), np.float32)
+    prompt = np.arange(len(parent)) // (len(parent) // count)
+    rewards[graded] = engine.grade(prompts, prompt[graded], select(path, graded))
+    levels.append((own.tokens, own.logprobs, own.lengths, own.finished, valid, rewards))
+    alive = valid & ~own.finished
+    if kept is not None:
+      stores, nodes = (*stores, kept), behind(nodes, own, engine.sampling.stop_table)
+  engine.count_unique(prompts.lengths, *(lengths[valid] for _, _, lengths, _, valid, _ in levels))
 
+  def by_tree(x: np.ndarray) -> np.ndarray:
+    return x.reshape(count, -1, *x.shape[1:])[:questions]
 
-def _groups_at_once(engine: Engine, group: int, what: str) -> int:
-  """How many questions grow at once when each takes `group` rows."""
-  if group > engine.rows:
-    raise ValueError(f"rollout.rows={engine.rows} cannot hold the {group} {what}. Raise "
-                     f"rollout.rows to {group}.")  # fmt: skip
-  return engine.rows // group
+  names = ("tokens", "logprobs", "lengths", "finished", "valid", "rewards")
+  columns: dict[str, Any] = {
+    name: tuple(map(by_tree, column)) for name, column in zip(names, zip(*levels))
+  }
+  return RolloutTree(**columns, branch_factors=branch_factors)
 
 
 def _respond(
   engine: Engine,
   params: Params,
   prompts: Prompts,
+  first: int,
+  at_once: int,
   samples: int,
   key: jax.Array,
   score: Score | None,
-) -> Iterator[tuple[np.ndarray, Samples, KVCache]]:
-  """Chunks of whole groups: (prompt row i[B], samples, their cache rows on the device)."""
-  at_once = _groups_at_once(engine, samples, "samples of a question")
-  for first in range(0, len(prompts.lengths), at_once):
-    questions = np.arange(first, min(first + at_once, len(prompts.lengths)))
-    tokens, lengths = _take(prompts, questions, at_once)
-    parent = np.repeat(np.arange(at_once), samples)
-    ids = first * samples + np.arange(at_once * samples)
-    is_real = parent < len(questions)
-    prefix = np.maximum(lengths, 1)[parent]
-    drawn, cache, steps = engine.grow(
-      params, engine.prefill(params, tokens, lengths), parent, prefix, tokens[parent, prefix - 1],
-      np.zeros(len(parent)), key, ids, is_real * engine.response_tokens, engine.response_tokens,
-      keep_cache=True,
-    )  # fmt: skip
-    response = select(engine.fetch(drawn, steps), np.flatnonzero(is_real))
-    prompt = questions[parent[is_real]]
-    if score is not None:
-      response = response.replace(logprobs=score(prompts, prompt, response))
-    yield prompt, response, cache
-
-
-def _unique_prefixes(
-  prompt: np.ndarray, tokens: np.ndarray, row: np.ndarray, start: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-  """Indices of the distinct (question, tokens before start) and each boundary's index there.
-
-  Sorted by question first, so the numbering does not depend on how rows are chunked.
-  """
-  prefix = np.where(before(start, tokens.shape[1]), tokens[row], -1)
-  named = np.concatenate([prompt[row, None], prefix], axis=1)
-  _, first, inverse = np.unique(named, axis=0, return_index=True, return_inverse=True)
-  return first, inverse.reshape(-1)
+  keep: bool = False,
+) -> tuple[np.ndarray, Samples, tuple[KVStore, ...]]:
+  """Of questions first .. first + at_once - 1: prompt row i[B], samples, and the stores of prompts
+  and (`keep`) of responses."""
+  questions = np.arange(first, min(first + at_once, len(prompts.lengths)))
+  count, rows = engine.filled(at_once, samples), len(questions) * samples
+  tokens, lengths = _take(prompts, questions, count)
+  store = engine.prefill(params, tokens, lengths)
+  parent = np.repeat(np.arange(count), samples)
+  number = np.arange(len(parent), dtype=np.int32)
+  requests = select(at_prompts(tokens, lengths), parent).replace(
+    ids=first * samples + number,
+    limit=((number < rows) * engine.response_tokens).astype(np.int32),
+  )
+  drawn, own, slot_steps = engine.grow(
+    params, (store,), requests, key, engine.response_tokens, engine.response_tokens, keep
+  )
+  response = select(engine.fetch(drawn, slot_steps), slice(rows))
+  prompt = first + parent[:rows]
+  if score is not None:
+    response = response.replace(logprobs=score(prompts, prompt, response))
+  return prompt, response, (store,) if own is None else (store, own)
 
 
 def _continue(
   engine: Engine,
   params: Params,
-  cache: KVCache,
+  stores: tuple[KVStore, ...],
   prompts: Prompts,
   prompt: np.ndarray,
   response: Samples,
@@ -322,93 +371,41 @@ def _continue(
 ) -> np.ndarray:
   """Mean reward f32[U] of fresh continuations of `response[row, :start]`.
 
-  Rows are decoded in order of their start, so that those of one program end together.
+  Args:
+    stores: of prompts and responses, whose rows those of `response` are; first_id: prefixes
+      that were continued before.
   """
-  ids = first_id * continuations + np.arange(len(row) * continuations)
-  order = np.argsort(np.repeat(start, continuations), kind="stable")
-  source = np.repeat(np.arange(len(row)), continuations)[order]
-  row, start, ids = row[source], start[source], ids[order]
-  prefix = prompts.lengths[prompt[row]] + start
-  last_of_prompt = prompts.tokens[prompt[row], prompts.lengths[prompt[row]] - 1]
-  token = np.where(start > 0, response.tokens[row, start - 1], last_of_prompt)
-  stop_state = prefix_states(engine.sampling.stop_table, response.tokens)[row, start]
-  limit = engine.response_tokens - start
-
-  drawn = []
-  for begin in range(0, len(row), engine.rows):
-    part = slice(begin, begin + engine.rows)
-    samples, _, steps = engine.grow(
-      params, cache, fill(row[part], engine.rows), fill(prefix[part], engine.rows, 1),
-      fill(token[part], engine.rows), fill(stop_state[part], engine.rows), key,
-      fill(ids[part], engine.rows), fill(limit[part], engine.rows), engine.response_tokens,
-    )  # fmt: skip
-    drawn.append((part, samples, steps))
-
+  source = np.repeat(np.arange(len(row)), continuations)
+  row, start = row[source], start[source]
+  length = prompts.lengths[prompt[row]]
+  last_of_prompt = prompts.tokens[prompt[row], length - 1]
+  states = prefix_states(engine.sampling.stop_table, response.tokens)
+  requests = Requests(
+    pieces=np.column_stack([prompt[row] - prompt[0], row]).astype(np.int32),
+    offsets=np.column_stack([np.zeros_like(length), length - 1]),
+    prefix=length + start,
+    token=np.where(start > 0, response.tokens[row, start - 1], last_of_prompt),
+    stop_state=states[row, start].astype(np.int32),
+    ids=first_id * continuations + np.arange(len(row), dtype=np.int32),
+    limit=engine.response_tokens - start,
+  )
+  shard = row * engine.shards // len(stores[-1].keys[0])
+  calls = queues(shard, engine.shards, engine.slots * QUEUE)
+  drawn = [
+    engine.grow(
+      params, stores, only(requests, call), key, engine.response_tokens, engine.response_tokens
+    )
+    for call in calls
+  ]
   rewards = np.zeros(len(row), np.float32)
-  for part, samples, steps in drawn:
-    fetched = select(engine.fetch(samples, steps), slice(len(row[part])))
-    whole = join(response.tokens[row[part]], start[part], fetched)
-    rewards[part] = engine.grade(prompts, prompt[row[part]], whole)
-    engine.count_unique(whole.lengths - start[part])
+  for call, (samples, _, slot_steps) in zip(calls, drawn):
+    mine = call[call >= 0]
+    fetched = select(engine.fetch(samples, slot_steps), call >= 0)
+    whole = join(response.tokens[row[mine]], start[mine], fetched)
+    rewards[mine] = engine.grade(prompts, prompt[row[mine]], whole)
+    engine.count_unique(fetched.lengths)
   total = np.bincount(source, rewards, len(row) // continuations)
   return (total / continuations).astype(np.float32)
-
-
-def _grow_trees(
-  engine: Engine,
-  params: Params,
-  prompts: Prompts,
-  questions: np.ndarray,
-  at_once: int,
-  branch_factors: tuple[int, ...],
-  segment_tokens: int,
-  key: jax.Array,
-) -> RolloutTree:
-  """One chunk of trees, level by level; `at_once` trees is the fixed shape."""
-  tokens, lengths = _take(prompts, questions, at_once)
-  cache = engine.prefill(params, tokens, lengths)
-  prefix = np.maximum(lengths, 1)
-  token = tokens[np.arange(at_once), prefix - 1]
-  stop_state = np.zeros(at_once, np.int32)
-  alive = np.arange(at_once) < len(questions)
-  # The whole response down to each node of the level above.
-  path = unsampled(at_once, engine.response_tokens)
-  levels = []
-  for depth, branch in enumerate(branch_factors):
-    is_last = depth == len(branch_factors) - 1
-    room = engine.response_tokens - depth * segment_tokens
-    max_tokens = room if is_last else segment_tokens
-    parent = np.repeat(np.arange(len(alive)), branch)
-    nodes = len(parent) // at_once
-    valid = alive[parent]
-    # A node's key is its place in its own tree and the question's place in the iteration.
-    ids = questions[0] * nodes + np.arange(len(parent))
-    drawn, cache, steps = engine.grow(
-      params, cache, parent, prefix[parent], token[parent], stop_state[parent],
-      jax.random.fold_in(key, depth), ids, valid * max_tokens, max_tokens, keep_cache=not is_last,
-    )  # fmt: skip
-    own = select(engine.fetch(drawn, steps), slice(len(parent)))
-    path = join(path.tokens[parent], path.lengths[parent], own)
-    graded = np.flatnonzero(valid & (own.finished | is_last))
-    rewards = np.zeros(len(parent), np.float32)
-    prompt = questions[0] + np.arange(len(parent)) // nodes
-    rewards[graded] = engine.grade(prompts, prompt[graded], select(path, graded))
-    levels.append((own.tokens, own.logprobs, own.lengths, own.finished, valid, rewards))
-    prefix = prefix[parent] + own.lengths
-    nodes_of_level = np.arange(len(parent))
-    token = own.tokens[nodes_of_level, np.maximum(own.lengths, 1) - 1]
-    stop_states = prefix_states(engine.sampling.stop_table, own.tokens, stop_state[parent])
-    stop_state = stop_states[nodes_of_level, own.lengths]
-    alive = valid & ~own.finished
-
-  def by_tree(x: np.ndarray) -> np.ndarray:
-    return x.reshape(at_once, -1, *x.shape[1:])[: len(questions)]
-
-  names = ("tokens", "logprobs", "lengths", "finished", "valid", "rewards")
-  columns: dict[str, Any] = {
-    name: tuple(map(by_tree, column)) for name, column in zip(names, zip(*levels))
-  }
-  return RolloutTree(**columns, branch_factors=branch_factors)
 
 
 def _take(prompts: Prompts, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,17 +1,23 @@
-"""On-device sampler: prefill, fork, decode, all inside jit.
+"""On-device sampler: prefill, and rows that grow from anywhere, all inside jit.
 
 One invariant carries everything: a row is a cache of `length` tokens plus one `token`
 that stands behind them and has not been fed yet. Decoding feeds it and samples the next.
-So a row can be forked at any position p of a finished row (keep p - 1 cached tokens, feed
+So a row can be grown from any position p of a finished row (keep p - 1 cached tokens, feed
 token p - 1 again) without any prefill, and every sampled token costs one forward pass.
 
-A row's samples depend on its own key and prefix only: step t of a row draws with
-`fold_in(key, t)`, whatever the other rows do.
+Rows wait in a queue for one of a fixed number of slots. A slot whose row has ended is handed
+the next one inside the decode loop: its context is copied together from the pieces that are
+stored once for all rows, what it grows is copied out when it has ended.
+
+A row's samples depend on its own key and context only: step t of a row draws with
+`fold_in(key, t)`, whatever the other rows do, and whichever slot it is in.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,41 +26,54 @@ from flax import struct
 from spo_jax import model
 from spo_jax.compiles import program
 from spo_jax.config import ModelConfig
-from spo_jax.sharding import take_rows
-from spo_jax.structs import KVCache, Samples, Sampling
+from spo_jax.sharding import on_shards, row_parts
+from spo_jax.structs import KVCache, KVStore, Requests, Samples, Sampling
+
+_NONE = -1  # the request of an idle slot
 
 
-class Rows(struct.PyTreeNode):
-  """Rows about to decode."""
+class _Rows(struct.PyTreeNode):
+  """What is known of the row in each of S slots, but for its keys and values."""
 
-  cache: KVCache
-  token: jax.Array  # i32[B], the last token of the prefix, not in the cache
-  stop_state: jax.Array  # i32[B], see stops.py, of the response so far; 0 for none
-  keys: jax.Array  # key[B], one per row
-  limit: jax.Array  # i32[B], most tokens to sample; 0 for an idle row
+  request: jax.Array  # i32[S], among those of its shard
+  length: jax.Array  # i32[S], tokens cached
+  token: jax.Array  # i32[S], the last one, not in the cache
+  stop_state: jax.Array  # i32[S]
+  ids: jax.Array  # i32[S]
+  limit: jax.Array  # i32[S]
+  samples: Samples  # [S, T]
+
+  @property
+  def busy(self) -> jax.Array:
+    return self.request != _NONE
+
+  @property
+  def ended(self) -> jax.Array:
+    return self.busy & (self.samples.finished | (self.samples.lengths >= self.limit))
 
 
-class _Loop(struct.PyTreeNode):
-  step: jax.Array
-  token: jax.Array
-  stop_state: jax.Array
-  cache: KVCache
-  samples: Samples
+class _Queue(struct.PyTreeNode):
+  """What slots are filled from."""
+
+  stores: tuple[KVStore, ...]
+  requests: Requests
+  order: jax.Array  # i32[R], requests of a shard in the order in which slots take them
+  waiting: jax.Array  # i32[shards], how many there are without fillers
+
+
+class _Desk(struct.PyTreeNode):
+  """The slots, and where a row goes that has ended."""
+
+  slots: KVStore
+  rows: _Rows
+  samples: Samples  # [R, T]
+  kept: KVStore | None  # per layer [R, K, T, H]
+  taken: jax.Array  # i32[shards], requests that have had a slot
 
 
 def row_keys(key: jax.Array, ids: jax.Array) -> jax.Array:
   """One key per row identity: key, i32[B] -> key[B]."""
   return jax.vmap(partial(jax.random.fold_in, key))(ids)
-
-
-def fork(cache: KVCache, rows: jax.Array, lengths: jax.Array) -> KVCache:
-  """New rows grown from any row at any position.
-
-  Args:
-    rows: i32[B'], which row each new one continues; lengths: i32[B'], tokens to keep.
-  """
-  keys, values = take_rows((cache.keys, cache.values), rows, "cache")
-  return KVCache(keys=keys, values=values, length=lengths)
 
 
 def draw(keys: jax.Array, logits: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
@@ -93,103 +112,196 @@ def truncate(logits: jax.Array, sampling: Sampling) -> jax.Array:
   return jnp.where(logits >= lowest, logits, -jnp.inf)
 
 
-def decode(
-  config: ModelConfig, params: model.Params, rows: Rows, sampling: Sampling, max_tokens: int
-) -> tuple[Samples, KVCache, jax.Array]:
-  """Samples until every row has ended, by an end id or a stop string, or reached its limit.
+def _none_sampled(rows: int, max_tokens: int) -> Samples:
+  return Samples(
+    tokens=jnp.zeros((rows, max_tokens), jnp.int32),
+    logprobs=jnp.zeros((rows, max_tokens), jnp.float32),
+    lengths=jnp.zeros(rows, jnp.int32),
+    finished=jnp.zeros(rows, bool),
+  )
 
-  Args:
-    max_tokens: T, width of the returned arrays; `rows.limit` must not exceed it.
-  Returns: the samples, the cache (each row's last token is not in it) and the number of
-    steps the loop took.
-  """
-  batch = rows.token.shape[0]
-  end_ids = jnp.array(sampling.end_ids, jnp.int32)
-  stop_table = sampling.stop_table
 
-  def active(samples: Samples) -> jax.Array:
-    return ~samples.finished & (samples.lengths < rows.limit)
-
-  def body(loop: _Loop) -> _Loop:
-    live = active(loop.samples)
-    logits, cache = model.decode_step(config, params, loop.token, loop.cache)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(rows.keys, loop.step)
-    token, logprob = draw(keys, logits, sampling)
-    is_end, stop_state = jnp.isin(token, end_ids), loop.stop_state
-    if stop_table is not None:
-      stop_state = stop_table[token, stop_state].astype(jnp.int32)
-      is_end |= stop_state == stop_table.shape[1] - 1
-    column = (0, loop.step)
-    old = loop.samples
-    samples = Samples(
-      tokens=jax.lax.dynamic_update_slice(
-        old.tokens, jnp.where(live, token, sampling.pad_id)[:, None], column
-      ),
-      logprobs=jax.lax.dynamic_update_slice(
-        old.logprobs, jnp.where(live, logprob, 0.0)[:, None], column
-      ),
+def _step(
+  config: ModelConfig,
+  params: model.Params,
+  slots: KVStore,
+  rows: _Rows,
+  key: jax.Array,
+  sampling: Sampling,
+) -> tuple[KVStore, _Rows]:
+  """One more token for every busy row."""
+  live, old = rows.busy, rows.samples
+  cache = KVCache(slots.keys, slots.values, rows.length)
+  logits, cache = model.decode_step(config, params, rows.token, cache)
+  keys = jax.vmap(jax.random.fold_in)(row_keys(key, rows.ids), old.lengths)
+  token, logprob = draw(keys, logits, sampling)
+  is_end, stop_state = jnp.isin(token, jnp.array(sampling.end_ids, jnp.int32)), rows.stop_state
+  if (stop_table := sampling.stop_table) is not None:
+    stop_state = stop_table[token, stop_state].astype(jnp.int32)
+    is_end |= stop_state == stop_table.shape[1] - 1
+  column = live[:, None] & (jnp.arange(old.tokens.shape[1]) == old.lengths[:, None])
+  return KVStore(cache.keys, cache.values), rows.replace(
+    # An idle row keeps its length: what it writes next lands where nobody looks.
+    length=jnp.where(live, cache.length, rows.length),
+    token=jnp.where(live, token, rows.token),
+    stop_state=stop_state,
+    samples=Samples(
+      tokens=jnp.where(column, token[:, None], old.tokens),
+      logprobs=jnp.where(column, logprob[:, None], old.logprobs),
       lengths=old.lengths + live,
       finished=old.finished | (live & is_end),
-    )
-    # A row that is done keeps its length: what it writes next lands behind its end.
-    length = jnp.where(live, cache.length, loop.cache.length)
-    cache, token = cache.replace(length=length), jnp.where(live, token, loop.token)
-    return _Loop(
-      step=loop.step + 1, token=token, stop_state=stop_state, cache=cache, samples=samples
-    )
-
-  start = Samples(
-    tokens=jnp.full((batch, max_tokens), sampling.pad_id, jnp.int32),
-    logprobs=jnp.zeros((batch, max_tokens), jnp.float32),
-    lengths=jnp.zeros(batch, jnp.int32),
-    finished=jnp.zeros(batch, bool),
-  )
-  end = jax.lax.while_loop(
-    lambda loop: jnp.any(active(loop.samples)),
-    body,
-    _Loop(
-      step=jnp.int32(0), token=rows.token, stop_state=rows.stop_state, cache=rows.cache,
-      samples=start,
     ),
   )
-  return end.samples, end.cache, end.step
 
 
-@program(static_argnames=("config", "slots"))
+def _at(tree: Any, row: int | jax.Array) -> Any:
+  return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, row, 0, keepdims=False), tree)
+
+
+def _put(tree: Any, row: jax.Array, new: Any) -> Any:
+  return jax.tree.map(
+    lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, row, 0), tree, new
+  )
+
+
+def _context(request: Requests, width: int, stores: Sequence[jax.Array]) -> jax.Array:
+  """The keys or values that a request starts with, [1, K, C, H], from pieces [P, K, Cp, H]."""
+  _, heads, _, channels = stores[0].shape
+  context = jnp.zeros((1, heads, width, channels), stores[0].dtype)
+  for i, pieces in enumerate(stores):
+    # They are numbered across shards, and lie on that of their request.
+    piece = jax.lax.dynamic_slice_in_dim(pieces, request.pieces[i] % len(pieces), 1)
+    context = jax.lax.dynamic_update_slice_in_dim(context, piece, request.offsets[i], 2)
+  return context
+
+
+def _hand_out(queue: _Queue, desk: _Desk) -> _Desk:
+  """Fills idle slots, one by one, while requests wait."""
+
+  def fill(desk: _Desk) -> _Desk:
+    slot, number = jnp.argmin(desk.rows.busy), queue.order[desk.taken[0]]
+    request = _at(queue.requests, number)
+    slots = jax.tree.map(
+      # A context is made before it goes into its slot: only a single update is in place.
+      lambda old, *pieces: jax.lax.dynamic_update_slice_in_dim(
+        old, _context(request, old.shape[2], pieces), slot, 0
+      ),
+      desk.slots, *queue.stores,
+    )  # fmt: skip
+    row = _Rows(
+      request=number, length=request.prefix - 1, token=request.token,
+      stop_state=request.stop_state, ids=request.ids, limit=request.limit,
+      samples=_at(_none_sampled(1, desk.samples.tokens.shape[1]), 0),
+    )  # fmt: skip
+    return desk.replace(slots=slots, rows=_put(desk.rows, slot, row), taken=desk.taken + 1)
+
+  return jax.lax.while_loop(
+    lambda desk: jnp.any(~desk.rows.busy) & (desk.taken < queue.waiting)[0], fill, desk
+  )
+
+
+def _take_back(desk: _Desk) -> _Desk:
+  """Copies out what rows have grown that have ended, and makes their slots idle."""
+
+  def empty(desk: _Desk) -> _Desk:
+    slot = jnp.argmax(desk.rows.ended)
+    row = _at(desk.rows, slot)
+
+    def copy(old: jax.Array, cache: jax.Array) -> jax.Array:
+      start = (slot, 0, row.length - row.samples.lengths, 0)
+      own = jax.lax.dynamic_slice(cache, start, (1, *old.shape[1:]))
+      return jax.lax.dynamic_update_slice(old, own, (row.request, 0, 0, 0))
+
+    return desk.replace(
+      rows=desk.rows.replace(request=desk.rows.request.at[slot].set(_NONE)),
+      samples=_put(desk.samples, row.request, row.samples),
+      kept=None if desk.kept is None else jax.tree.map(copy, desk.kept, desk.slots),
+    )
+
+  return jax.lax.while_loop(lambda desk: jnp.any(desk.rows.ended), empty, desk)
+
+
+def _refill(queue: _Queue, desk: _Desk) -> _Desk:
+  # Two loops: one that read and wrote slots would copy all of them. Both cost nothing in a step
+  # in which no row ends.
+  return _hand_out(queue, _take_back(desk))
+
+
+def empty_store(config: ModelConfig, rows: int, width: int) -> KVStore:
+  """Room for `rows` pieces of `width` tokens."""
+  shape = (rows, config.num_kv_heads, width, model.head_width(config))
+  layers = tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(config.num_layers))
+  return KVStore(keys=layers, values=layers)
+
+
+def store_width(store: KVStore) -> int:
+  return store.keys[0].shape[2]
+
+
+def store_bytes(config: ModelConfig, rows: int, width: int) -> int:
+  shapes = jax.eval_shape(lambda: empty_store(config, rows, width))
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+
+
+@program(static_argnames="config")
 def prefill(
-  config: ModelConfig, params: model.Params, tokens: jax.Array, lengths: jax.Array, slots: int
-) -> KVCache:
-  """`model.prefill` as a program of its own: prompts i32[P, Lp] -> cache of P rows."""
-  return model.prefill(config, params, tokens, lengths, slots)
+  config: ModelConfig, params: model.Params, tokens: jax.Array, lengths: jax.Array
+) -> KVStore:
+  """Encodes prompts once: i32[P, Lp], lengths i32[P] -> P pieces of width Lp."""
+  return KVStore(*model.prefill(config, params, tokens, lengths))
 
 
-@program(static_argnames=("config", "max_tokens", "keep_cache"))
+@program(static_argnames=("config", "slots", "width", "max_tokens", "keep"))
 def grow(
   config: ModelConfig,
   params: model.Params,
-  cache: KVCache,
-  parent: jax.Array,
-  prefix: jax.Array,
-  token: jax.Array,
-  stop_state: jax.Array,
+  stores: tuple[KVStore, ...],
+  requests: Requests,
   key: jax.Array,
-  ids: jax.Array,
-  limit: jax.Array,
   sampling: Sampling,
+  slots: int,
+  width: int,
   max_tokens: int,
-  keep_cache: bool,
-) -> tuple[Samples, KVCache | None, jax.Array]:
-  """Forks rows and decodes them: the one program behind every rollout.
+  keep: bool,
+) -> tuple[Samples, KVStore | None, jax.Array]:
+  """Grows R rows in S slots: the one program behind every rollout.
+
+  Every row samples until it ends by an end id or a stop string or reaches its limit. Slots take
+  the rows with the highest limit first, so that what ends last has begun first.
 
   Args:
-    cache: rows to grow from; parent: i32[B], which of them; prefix: i32[B], tokens of
-      context each new row starts with (at least 1); token: i32[B], the last of those.
-    stop_state: i32[B], where those of them that are response have left the stop strings.
-    key, ids: row b draws with fold_in(key, ids[b]); limit: i32[B].
-    keep_cache: whether the new rows will be grown from in turn.
-  Returns: see `decode`.
+    stores: of which contexts are made; on a mesh the pieces of a request lie on its own shard,
+      and shards divide slots, requests and pieces.
+    slots: S; width: C, which no context with its limit may exceed; max_tokens: T, width of what
+      is returned, which `requests.limit` must not exceed.
+    keep: whether to keep the new rows as pieces. Theirs begins at `prefix - 1`, with the last
+      token of their context, and lacks their own last token.
+  Returns: samples of all requests, their store or None, and slots x steps taken.
   """
-  forked = fork(cache, parent, prefix - 1)
-  rows = Rows(forked, token, stop_state, row_keys(key, ids), limit)
-  samples, cache, steps = decode(config, params, rows, sampling, max_tokens)
-  return samples, cache if keep_cache else None, steps
+  count = len(requests.limit)
+  # Each shard has a queue of its own.
+  limit = requests.limit.reshape(row_parts(count), -1)
+  queue = _Queue(
+    stores, requests, order=jnp.argsort(-limit, axis=1, stable=True).astype(jnp.int32).reshape(-1),
+    waiting=jnp.sum(limit > 0, axis=1, dtype=jnp.int32),
+  )  # fmt: skip
+  nobody, nothing = jnp.full(slots, _NONE), jnp.zeros(slots, jnp.int32)
+  desk = _Desk(
+    slots=empty_store(config, slots, width),
+    rows=_Rows(nobody, *(nothing,) * 5, _none_sampled(slots, max_tokens)),
+    samples=_none_sampled(count, max_tokens),
+    kept=empty_store(config, count, max_tokens) if keep else None,
+    taken=jnp.zeros_like(queue.waiting),
+  )
+
+  def body(loop: tuple[jax.Array, _Desk]) -> tuple[jax.Array, _Desk]:
+    steps, desk = loop
+    new, rows = _step(config, params, desk.slots, desk.rows, key, sampling)
+    return steps + slots, on_shards(_refill, queue, desk.replace(slots=new, rows=rows))
+
+  slot_steps, desk = jax.lax.while_loop(
+    lambda loop: jnp.any(loop[1].rows.busy), body, (jnp.int32(0), on_shards(_hand_out, queue, desk))
+  )
+  is_sampled = jnp.arange(max_tokens) < desk.samples.lengths[:, None]
+  tokens = jnp.where(is_sampled, desk.samples.tokens, sampling.pad_id)
+  return desk.samples.replace(tokens=tokens), desk.kept, slot_steps

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -114,42 +114,26 @@ def constrain(x: jax.Array, name: str) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, _fitting(ACTIVATIONS[name], x.shape, mesh.shape))
 
 
-def take_rows(tree: Any, rows: jax.Array, name: str) -> Any:
-  """Rows i32[B'] of every array of a tree, all laid out as `name` says, inside a program.
+def on_shards(function: Callable[[Any, Any], Any], read: Any, write: Any) -> Any:
+  """`function(read, write)` of every shard on its own rows, inside a program; nothing is sent.
 
-  Rows whose source lies on their own device stay there, and nothing is sent. Where one does not,
-  the shards pass by every device in turn: an index that XLA partitions by itself would put all
-  rows of the tree on every device at once.
+  Rows are the first dimension of every array, and the shards share it out equally. Arrays of four
+  dimensions are keys or values.
+
+  Returns: what the function makes of `write`, of the same shapes.
+  Raises: ValueError where rows have no equal share for every shard.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  first = jax.tree.leaves(tree)[0]
-  shards = 1 if mesh.empty else row_shards(mesh)
-  if shards == 1 or first.shape[0] % shards or rows.shape[0] % shards:
-    return jax.tree.map(lambda x: constrain(jnp.take(x, rows, axis=0), name), tree)
-  held = first.shape[0] // shards  # rows of one shard
-  onward = [((i + 1) % shards, i) for i in range(shards)]
+  if mesh.empty or mesh.size == 1:
+    return function(read, write)
 
-  def take(rows: jax.Array, tree: Any) -> Any:
-    here = jax.lax.axis_index(ROWS)
-    owner = rows // held
-    strangers = jax.lax.psum(jnp.any(owner != here).astype(jnp.int32), ROWS)
-    turns = jnp.where(strangers > 0, shards, 1)
+  def spec(x: jax.Array) -> P:
+    if x.shape[0] % row_shards(mesh):
+      raise ValueError(f"{x.shape[0]} rows cannot be shared out to {row_shards(mesh)} devices.")
+    return _fitting(ACTIVATIONS["cache" if x.ndim == 4 else "rows"], x.shape, mesh.shape)
 
-    def of_one(x: jax.Array) -> jax.Array:
-      def turn(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        passing = jax.lax.ppermute(carry[0], ROWS, onward)
-        source = (here + i) % shards
-        is_there = (owner == source).reshape(-1, *[1] * (x.ndim - 1))
-        found = jnp.take(passing, rows - source * held, axis=0, mode="clip")
-        return passing, jnp.where(is_there, found, carry[1])
-
-      own = jnp.take(x, rows - here * held, axis=0, mode="clip")
-      return jax.lax.fori_loop(1, turns, turn, (x, own))[1]
-
-    return jax.tree.map(of_one, tree)
-
-  specs = jax.tree.map(lambda x: _fitting(ACTIVATIONS[name], x.shape, mesh.shape), tree)
-  return jax.shard_map(take, in_specs=(P(ROWS), specs), out_specs=specs)(rows, tree)
+  specs = jax.tree.map(spec, (read, write))
+  return jax.shard_map(function, in_specs=specs, out_specs=specs[1])(read, write)
 
 
 def is_on(params: Any, mesh: Mesh) -> bool:

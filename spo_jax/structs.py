@@ -25,12 +25,36 @@ Array = Any  # numpy on the host, jax.Array on the device
 class KVCache(struct.PyTreeNode):
   """Keys and values of every row, left-aligned, with a length of its own per row.
 
-  `length[b]` tokens of row b are stored. Forking a row is: gather it, set its length.
+  `length[b]` tokens of row b are stored; what lies behind them is never seen.
   """
 
   keys: tuple[jax.Array, ...]  # per layer [B, K, C, H]
   values: tuple[jax.Array, ...]  # per layer [B, K, C, H]
   length: jax.Array  # i32[B]
+
+
+class KVStore(struct.PyTreeNode):
+  """Pieces of context, each stored once for all rows that continue it: prompts, or the own
+  tokens of the rows of one level."""
+
+  keys: tuple[jax.Array, ...]  # per layer [pieces, K, C, H]
+  values: tuple[jax.Array, ...]  # per layer [pieces, K, C, H]
+
+
+class Requests(struct.PyTreeNode):
+  """R rows to grow. A context is one piece of every store, laid one behind another.
+
+  A piece may be wider than what it holds: the next one, and in the end the row itself, is
+  written over the rest before anything sees it.
+  """
+
+  pieces: Array  # i32[R, stores], which piece of each store
+  offsets: Array  # i32[R, stores], where in the context it begins, ascending
+  prefix: Array  # i32[R], tokens of context, at least 1
+  token: Array  # i32[R], the last of those; it is fed first, so no piece need hold it
+  stop_state: Array  # i32[R], see stops.py, of what of the context is response; 0 for none
+  ids: Array  # i32[R], request r draws with fold_in(key, ids[r])
+  limit: Array  # i32[R], most tokens to sample; 0 for a filler of the fixed shape
 
 
 class Sampling(struct.PyTreeNode):

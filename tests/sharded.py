@@ -28,6 +28,7 @@ from spo_jax import algorithms, head, sampler, sharding
 from spo_jax.config import load
 from spo_jax.experiment import build
 from spo_jax.packing import EdgeBuffer, optimiser_batches
+from spo_jax.structs import Requests
 from spo_jax.update import init_state, policy_update
 
 MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2), (2, 1, 4))
@@ -73,7 +74,6 @@ def run(
     assert experiment.engine.place(placed) is placed
     facts["rollout_bytes_per_device"] = bytes_per_device(placed)
     facts |= rollout_collectives(experiment, placed)
-    keep("forked", forked(places))
     for algorithm in ("tree", "chain"):
       of_kind = dataclasses.replace(
         experiment, config=dataclasses.replace(config, algorithm=algorithm)
@@ -106,31 +106,17 @@ def run(
 
 def rollout_collectives(experiment, params) -> dict[str, object]:
   """Of the programs behind rollouts, by their name."""
-  engine, prompts, rows = experiment.engine, experiment.questions(0, 8), np.ones(16, np.int32)
-  cache = engine.prefill(params, prompts.tokens, prompts.lengths)
-  slots = cache.keys[0].shape[2]
+  engine, prompts, each = experiment.engine, experiment.questions(0, 8), np.ones(32, np.int32)
+  store = engine.prefill(params, prompts.tokens, prompts.lengths)
+  requests = Requests(each[:, None], each[:, None], each, each, each, each, each)
   with jax.set_mesh(engine.mesh):
-    prefill = sampler.prefill.lower(
-      engine.config, params, prompts.tokens, prompts.lengths, slots=slots
-    )
+    prefill = sampler.prefill.lower(engine.config, params, prompts.tokens, prompts.lengths)
     grow = sampler.grow.lower(
-      engine.config, params, cache, rows, rows, rows, rows, experiment.key(0), rows, rows,
-      engine.sampling, max_tokens=4, keep_cache=True,
+      engine.config, params, (store,), requests, experiment.key(0), engine.sampling,
+      slots=16, width=44, max_tokens=4, keep=True,
     )  # fmt: skip
     programs = {"prefill": prefill.compile(), "grow": grow.compile()}
   return {name: collectives(program.as_text()) for name, program in programs.items()}
-
-
-def forked(mesh) -> dict[str, jax.Array]:
-  """Caches of 8 rows grown into 16: children with their parents, anywhere, and of one parent."""
-  cells = np.arange(8 * 4 * 3 * 2, dtype=np.int32).reshape(8, 4, 3, 2)
-  cache = sharding.place(((cells,), (-cells,)), "cache", mesh)
-  parents = {
-    "near": np.repeat(np.arange(8), 2), "far": np.random.default_rng(0).integers(0, 8, 16),
-    "one": np.full(16, 5),
-  }  # fmt: skip
-  take = jax.jit(lambda cache, rows: sharding.take_rows(cache, rows, "cache"))
-  return {name: take(cache, rows) for name, rows in parents.items()}
 
 
 def bytes_per_device(tree) -> list[int]:

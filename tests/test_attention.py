@@ -94,11 +94,11 @@ def test_a_model_on_splash_attention_has_the_same_logits_and_cache(monkeypatch):
   )
   assert not np.array_equal(logits, expected)  # which two equal programs would be
   np.testing.assert_allclose(logits[is_token], expected[is_token], atol=1e-4)
-  cache, expected = (
-    model.prefill(c, params, prompts.tokens, prompts.lengths, slots=5) for c in (ours, theirs)
+  (keys, values), (their_keys, their_values) = (
+    model.prefill(c, params, prompts.tokens, prompts.lengths) for c in (ours, theirs)
   )
-  seen = np.pad(is_token, ((0, 0), (0, 5 - tiny.PROMPT_WIDTH)))[:, None, :, None]
-  for one, other in zip(cache.keys + cache.values, expected.keys + expected.values, strict=True):
+  seen = is_token[:, None, :, None]
+  for one, other in zip(keys + values, their_keys + their_values, strict=True):
     np.testing.assert_allclose(np.where(seen, one, 0), np.where(seen, other, 0), atol=1e-5)
 
 

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from spo_jax import hf, model, sampler, tokenizer, update
-from spo_jax.structs import Sampling
+from spo_jax.structs import Requests, Sampling
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 DRAWN = [(family, seed) for family in FAMILIES for seed in (0, 1)] + [("llama", 2)]
@@ -145,15 +145,17 @@ def test_greedy_continuations_equal_torch(case):
   tokens, _ = batch(case.config.vocab_size)
   rows = np.arange(len(LENGTHS), dtype=np.int32)
   lengths = LENGTHS.astype(np.int32)
-  cache = sampler.prefill(
-    case.config, case.params, tokens.astype(np.int32), lengths, LENGTHS.max() + NEW
-  )
+  store = sampler.prefill(case.config, case.params, tokens.astype(np.int32), lengths)
+  nothing = np.zeros_like(rows)
+  requests = Requests(
+    pieces=rows[:, None], offsets=nothing[:, None], prefix=lengths,
+    token=tokens[rows, lengths - 1].astype(np.int32), stop_state=nothing, ids=rows,
+    limit=np.full_like(rows, NEW),
+  )  # fmt: skip
   samples, _, _ = sampler.grow(
-    case.config, case.params, cache, parent=rows, prefix=lengths,
-    token=tokens[rows, lengths - 1].astype(np.int32), stop_state=np.zeros_like(rows),
-    key=jax.random.key(0), ids=rows, limit=np.full_like(rows, NEW),
-    sampling=Sampling(temperature=0.0, top_p=1.0, end_ids=(), pad_id=0),
-    max_tokens=NEW, keep_cache=False,
+    case.config, case.params, (store,), requests, jax.random.key(0),
+    Sampling(temperature=0.0, top_p=1.0, end_ids=(), pad_id=0),
+    slots=2, width=LENGTHS.max() + NEW, max_tokens=NEW, keep=False,
   )  # fmt: skip
   left = np.stack([np.roll(row, -length) for row, length in zip(tokens, LENGTHS)])
   is_left = np.arange(LENGTHS.max()) >= LENGTHS.max() - LENGTHS[:, None]

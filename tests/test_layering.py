@@ -17,7 +17,7 @@ LEVELS = {
   0: "structs config tensorboard",
   1: "segments advantages losses sharding distributed layout compiles tasks tokenizer stops "
   "metrics runlog",
-  2: "attention head packs prompts",
+  2: "attention head packs prompts queues",
   3: "model",
   4: "sampler hf",
   5: "rollouts packing checkpoint update",

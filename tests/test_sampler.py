@@ -10,13 +10,14 @@ import scipy.stats
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CONFIG, PAD, PROMPT_WIDTH, VOCAB, T
+from tiny import CONFIG, PAD, PROMPT_WIDTH, VOCAB, T, steps_by_hand
 
 from spo_jax import model, sampler, stops
-from spo_jax.structs import Sampling
+from spo_jax.structs import KVCache, Requests, Sampling
 
 P, B = 4, 12  # rows b, b + P, b + 2P, ... continue prompt b
-SLOTS = PROMPT_WIDTH + 2 * T  # room to grow once more behind a full response
+SLOTS = 5  # so that rows wait for each other
+WIDTH = PROMPT_WIDTH + 2 * T  # room to grow once more behind a full response
 KEY = jax.random.key(7)
 NO_END = tiny.sampling(end_ids=())
 
@@ -27,31 +28,39 @@ truncate = jax.jit(sampler.truncate)
 
 
 @functools.cache
-def prefilled(slots=SLOTS):
-  return sampler.prefill(CONFIG, tiny.params(), PROMPTS.tokens, PROMPTS.lengths, slots)
+def prefilled():
+  return sampler.prefill(CONFIG, tiny.params(), PROMPTS.tokens, PROMPTS.lengths)
 
 
-def grow(cache, parent, prefix, token, sampling, key=KEY, ids=None, limit=T, max_tokens=T,
-         stop_state=0):  # fmt: skip
-  """`sampler.grow` of B rows or of one shape more, `ids` 0, 1, 2, ...: samples on the host."""
-  rows = len(parent)
+def requests(pieces, offsets, prefix, token, ids=None, limit=T, stop_state=0):
+  """Of one row per entry of `prefix`; columns of pieces and offsets are one each per store."""
+  rows = len(prefix)
   ids = np.arange(rows) if ids is None else ids
-  columns = (np.broadcast_to(x, rows).astype(np.int32)
-             for x in (parent, prefix, token, stop_state, ids, limit))  # fmt: skip
-  parent, prefix, token, stop_state, ids, limit = columns
-  samples, cache, steps = sampler.grow(
-    CONFIG, tiny.params(), cache, parent, prefix, token, stop_state, key, ids, limit, sampling,
-    max_tokens=max_tokens, keep_cache=True,
-  )  # fmt: skip
-  return jax.device_get(samples), cache, int(steps)
-
-
-def respond(sampling, parent=np.arange(B) % P, **kwargs):
-  """Responses to prompts; (samples, cache, steps)."""
-  prefix = PROMPTS.lengths[parent]
-  return grow(
-    prefilled(), parent, prefix, PROMPTS.tokens[parent, prefix - 1], sampling, **kwargs
+  pieces, offsets = (np.column_stack(np.broadcast_arrays(*x, prefix)[:-1]).astype(np.int32)
+                     for x in (pieces, offsets))  # fmt: skip
+  columns = (prefix, token, stop_state, ids, limit)
+  return Requests(
+    pieces, offsets, *(np.broadcast_to(x, rows).astype(np.int32) for x in columns)
   )
+
+
+def grow(stores, wanted, sampling, key=KEY, slots=SLOTS, max_tokens=T):
+  """`sampler.grow`: samples on the host, the store of the new rows, steps."""
+  samples, kept, slot_steps = sampler.grow(
+    CONFIG, tiny.params(), stores, wanted, key, sampling, slots=slots, width=WIDTH,
+    max_tokens=max_tokens, keep=True,
+  )  # fmt: skip
+  return jax.device_get(samples), kept, int(slot_steps) / slots
+
+
+def at_prompts(parent=np.arange(B) % P, **kwargs):
+  prefix = PROMPTS.lengths[parent]
+  return requests([parent], [0], prefix, PROMPTS.tokens[parent, prefix - 1], **kwargs)
+
+
+def respond(sampling, parent=np.arange(B) % P, key=KEY, slots=SLOTS, **kwargs):
+  """Responses to prompts; (samples, store, steps)."""
+  return grow((prefilled(),), at_prompts(parent, **kwargs), sampling, key, slots)
 
 
 def expected_logprobs(samples, temperature):
@@ -75,7 +84,11 @@ def close(actual, expected, tolerance=1e-4):
 def test_decode_steps_equal_the_full_forward():
   """Forced tokens, rows of different lengths in one cache."""
   forced = np.random.default_rng(0).integers(0, VOCAB, (P, T))
-  cache = sampler.fork(prefilled(), np.arange(P), PROMPTS.lengths - 1)
+  room = ((0, 0), (0, 0), (0, T), (0, 0))
+  keys, values = (
+    tuple(jnp.pad(x, room) for x in layers) for layers in (prefilled().keys, prefilled().values)
+  )
+  cache = KVCache(keys, values, PROMPTS.lengths - 1)
   token = PROMPTS.tokens[np.arange(P), PROMPTS.lengths - 1]
   for t in range(T):
     scores, cache = decode_step(CONFIG, tiny.params(), jnp.asarray(token), cache)
@@ -110,34 +123,39 @@ def test_greedy_is_the_argmax_of_the_full_forward(truncation):
   np.testing.assert_array_equal(again.tokens, samples.tokens)
 
 
-# Forks.
+# Contexts made of pieces.
 
 
-def test_fork_equals_reprefill():
-  """From every position of a row: at the prompt, inside, and behind the last token."""
-  first, cache, _ = respond(NO_END)
-  row, start = np.divmod(np.arange(B) + 3 * (T + 1), T + 1)  # rows 3 and 4, which wraps around
-  prefix = PROMPTS.lengths[row % P] + start
+def test_a_row_grown_from_pieces_equals_one_prefilled_anew():
+  """From every position of a response: at the prompt, inside, and behind the last token."""
+  first, own, _ = respond(NO_END)
+  row, start = np.divmod(np.arange(B) + T + 1, T + 1)  # rows 1 and 2, of longer prompts
+  length = PROMPTS.lengths[row % P]
+  prefix = length + start
   contexts = np.full((B, PROMPT_WIDTH + T), PAD, np.int32)
   for b in range(B):
     tokens = tiny.prompt_of(PROMPTS, row[b] % P) + tiny.responses(first)[row[b]][: start[b]]
     contexts[b, : len(tokens)] = tokens
   token = contexts[np.arange(B), prefix - 1]
   key = jax.random.key(9)
-  forked, _, _ = grow(cache, row, prefix, token, NO_END, key)
-  anew = sampler.prefill(CONFIG, tiny.params(), contexts, prefix, SLOTS)
-  expected, _, _ = grow(anew, np.arange(B), prefix, token, NO_END, key)
-  np.testing.assert_array_equal(forked.tokens, expected.tokens)
-  close(forked.logprobs, expected.logprobs)
-  assert len(np.unique(forked.tokens, axis=0)) == B  # each row had a key of its own
+  pieces = requests([row % P, row], [0, length - 1], prefix, token)
+  grown, grown_store, _ = grow((prefilled(), own), pieces, NO_END, key)
+  anew = sampler.prefill(CONFIG, tiny.params(), contexts, prefix)
+  whole = requests([np.arange(B)], [0], prefix, token)
+  expected, expected_store, _ = grow((anew,), whole, NO_END, key)
+  np.testing.assert_array_equal(grown.tokens, expected.tokens)
+  close(grown.logprobs, expected.logprobs)
+  jax.tree.map(close, grown_store, expected_store)
+  assert len(np.unique(grown.tokens, axis=0)) == B  # each row had a key of its own
 
 
-def test_forking_leaves_the_forked_rows_as_they_were():
-  first, cache, _ = respond(NO_END)
-  before = jax.device_get(cache)
-  prefix = PROMPTS.lengths[np.arange(B) % P] + 1
-  grow(cache, np.arange(B), prefix, first.tokens[:, 0], NO_END)
-  jax.tree.map(np.testing.assert_array_equal, jax.device_get(cache), before)
+def test_growing_leaves_what_is_grown_from_as_it_was():
+  first, own, _ = respond(NO_END)
+  before = jax.device_get(own)
+  parent, length = np.arange(B) % P, PROMPTS.lengths[np.arange(B) % P]
+  pieces = requests([parent, np.arange(B)], [0, length - 1], length + 1, first.tokens[:, 0])
+  grow((prefilled(), own), pieces, NO_END)
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(own), before)
 
 
 # What a row depends on.
@@ -145,7 +163,8 @@ def test_forking_leaves_the_forked_rows_as_they_were():
 
 @few
 @given(st.permutations(range(B)), st.integers(0, 1000))
-def test_a_row_depends_on_its_own_key_and_prefix_only(order, seed):
+def test_a_row_depends_on_its_own_key_and_context_only(order, seed):
+  """Wherever it stands in the queue, and whoever has had its slot before."""
   key, order = jax.random.key(seed), np.array(order)
   samples, _, _ = respond(NO_END, key=key)
   stranger = np.arange(B) % 3 == 0  # the other rows only move
@@ -161,13 +180,42 @@ def test_a_row_depends_on_its_own_key_and_prefix_only(order, seed):
   close(moved.logprobs[~stranger], samples.logprobs[same], 1e-5)
 
 
+@pytest.mark.parametrize("slots", [1, B, B + 4])
+def test_rows_do_not_depend_on_the_number_of_slots(slots):
+  """Samples and what is kept of them; fillers anywhere in the queue sample nothing."""
+  limit = np.arange(B) * 5 % (T + 1)
+  expected, store, steps = respond(tiny.sampling(), limit=limit)
+  actual, other, other_steps = respond(tiny.sampling(), slots=slots, limit=limit)
+  for name in ("tokens", "lengths", "finished"):
+    np.testing.assert_array_equal(getattr(actual, name), getattr(expected, name))
+  close(actual.logprobs, expected.logprobs, 1e-5)
+  assert (steps < other_steps) == (slots == 1)
+  assert other_steps == (expected.lengths.sum() if slots == 1 else expected.lengths.max())
+  is_own = (np.arange(T) < expected.lengths[:, None])[:, None, :, None]
+  seen = [jax.tree.map(lambda x: np.where(is_own, x, 0), kept) for kept in (store, other)]
+  jax.tree.map(close, *seen)
+  assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(seen))
+
+
+def test_a_freed_slot_is_taken_at_once_and_long_rows_first():
+  """12 rows of 1 to 6 tokens in 5 slots, in order of their limits: 6, 6, 5, 5, 4 | 4, 3, 3 ..."""
+  limit = np.resize(np.arange(1, 7), B)
+  samples, _, steps = respond(NO_END, limit=limit)
+  np.testing.assert_array_equal(samples.lengths, limit)
+  assert steps == steps_by_hand(limit, limit, SLOTS) == 9  # 42 tokens are 8.4 steps of 5 slots
+
+
+def test_rows_that_all_end_at_their_first_token_take_a_step_per_slotful():
+  samples, _, steps = respond(tiny.sampling(end_ids=tuple(range(VOCAB))))
+  assert samples.finished.all() and (samples.lengths == 1).all()
+  assert steps == -(-B // SLOTS)
+
+
 def test_the_padding_width_of_prompts_does_not_change_samples():
   samples, _, _ = respond(NO_END)
   wider = np.pad(PROMPTS.tokens, ((0, 0), (0, 2)), constant_values=5)
-  cache = sampler.prefill(CONFIG, tiny.params(), wider, PROMPTS.lengths, SLOTS)
-  parent = np.arange(B) % P
-  prefix = PROMPTS.lengths[parent]
-  other, _, _ = grow(cache, parent, prefix, wider[parent, prefix - 1], NO_END)
+  store = sampler.prefill(CONFIG, tiny.params(), wider, PROMPTS.lengths)
+  other, _, _ = grow((store,), at_prompts(), NO_END)
   np.testing.assert_array_equal(other.tokens, samples.tokens)
   close(other.logprobs, samples.logprobs, 1e-5)
 
@@ -181,6 +229,20 @@ def test_the_same_key_and_id_repeats_a_row_and_others_do_not():
   assert (samples.tokens != fresh.tokens).any(-1).mean() > 0.8
 
 
+def test_slots_and_what_is_kept_of_them_are_held_once():
+  """The compiler says so: a loop that copies them would need room for both."""
+  slots, width = 64, 256
+  shapes = jax.eval_shape(lambda: sampler.empty_store(CONFIG, 2 * slots, 4))
+  one, each = (jax.ShapeDtypeStruct(shape, np.int32) for shape in ((2 * slots,), (2 * slots, 1)))
+  grown = sampler.grow.lower(
+    CONFIG, tiny.params(), (shapes,), Requests(each, each, one, one, one, one, one), KEY, NO_END,
+    slots=slots, width=width, max_tokens=128, keep=True,
+  ).compile()  # fmt: skip
+  held = sampler.store_bytes(CONFIG, slots, width)
+  # The rest are scores of attention and samples.
+  assert held < grown.memory_analysis().temp_size_in_bytes < 1.5 * held
+
+
 # Ends.
 
 
@@ -189,7 +251,7 @@ def test_rows_end_at_any_end_id_or_at_their_limit():
   limit = np.arange(B) % (T + 1)
   endings = set()
   for key in jax.random.split(KEY, 4):
-    samples, cache, steps = respond(tiny.sampling(), limit=limit, key=key)
+    samples, _, steps = respond(tiny.sampling(), limit=limit, key=key)
     endless, _, _ = respond(NO_END, key=key)
     for b, free in enumerate(endless.tokens.tolist()):
       n = next((t + 1 for t in range(limit[b]) if free[t] in tiny.ENDS), limit[b])
@@ -199,9 +261,7 @@ def test_rows_end_at_any_end_id_or_at_their_limit():
       close(samples.logprobs[b, :n], endless.logprobs[b, :n], 1e-5)
       assert (samples.logprobs[b, n:] == 0).all()
       endings.add((free[n - 1] if samples.finished[b] else "limit", n == limit[b]))
-    assert steps == samples.lengths.max()
-    last_not_in_cache = PROMPTS.lengths[np.arange(B) % P] + samples.lengths - 1
-    np.testing.assert_array_equal(cache.length, last_not_in_cache)
+    assert steps == steps_by_hand(limit, samples.lengths, SLOTS)
   assert endings == {(1, False), (1, True), (2, False), (2, True), ("limit", True)}
 
 
@@ -222,13 +282,13 @@ def test_rows_end_where_their_text_first_holds_a_stop_string():
       close(samples.logprobs[b, :n], endless.logprobs[b, :n], 1e-5)
       by_stop = any(over) and free[n - 1] not in tiny.ENDS
       endings.add((by_stop and not tiny.is_over(free[:n]), by_stop, any(over)))
-    assert steps == samples.lengths.max()
+    assert steps == steps_by_hand(np.full(B, T), samples.lengths, SLOTS)
   # By a stop string, also one begun before; by an end id; by the limit.
   assert endings == {(True, True, True), (False, True, True), (False, False, True), (False,) * 3}
 
 
 def test_the_loop_stops_when_all_rows_are_done():
-  samples, _, steps = respond(NO_END, limit=np.arange(B) % 3)
+  samples, _, steps = respond(NO_END, limit=np.arange(B) % 3, slots=B)
   np.testing.assert_array_equal(samples.lengths, np.arange(B) % 3)
   assert steps == 2
   idle, _, steps = respond(NO_END, limit=0)
@@ -238,7 +298,8 @@ def test_the_loop_stops_when_all_rows_are_done():
 
 def test_an_end_id_in_the_prompt_does_not_end_a_row():
   parent, token = np.arange(B) % P, np.resize(tiny.ENDS, B)
-  samples, _, _ = grow(prefilled(), parent, PROMPTS.lengths[parent], token, tiny.sampling())
+  wanted = requests([parent], [0], PROMPTS.lengths[parent], token)
+  samples, _, _ = grow((prefilled(),), wanted, tiny.sampling())
   assert (samples.lengths > 0).all() and (samples.lengths > 1).any()
 
 
@@ -264,9 +325,8 @@ def test_sampled_pairs_of_tokens_match_the_softmax(temperature, top_p, top_k):
   """Two tokens behind one prompt in many rows: the second depends on the first as it must."""
   rows, prompt = 6000, tiny.prompt_of(PROMPTS, 2)
   sampling = tiny.sampling(temperature, top_p, top_k, end_ids=())
-  samples, _, _ = grow(
-    prefilled(), np.full(rows, 2), len(prompt), prompt[-1], sampling, limit=2, max_tokens=2
-  )
+  wanted = requests([2], [0], np.full(rows, len(prompt)), prompt[-1], limit=2)
+  samples, _, _ = grow((prefilled(),), wanted, sampling, slots=2000, max_tokens=2)
 
   def step(prefix):
     probs = np.exp(tiny.next_logprobs(tiny.params(), prefix, temperature))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import heapq
 
 import jax
 import jax.numpy as jnp
@@ -179,6 +180,14 @@ def grade_into(graded):
   return grade
 
 
+def steps_by_hand(limits, lengths, slots):
+  """Steps until all rows have had a slot: whichever is free first takes the highest limit."""
+  free = [0] * slots
+  for n in np.argsort(-np.asarray(limits), kind="stable"):
+    heapq.heapreplace(free, free[0] + lengths[n])
+  return max(free)
+
+
 class Recorder(Engine):
   """An engine that remembers every response graded, every row grown and what it sampled."""
 
@@ -186,11 +195,10 @@ class Recorder(Engine):
     self.graded, self.grown, self.fetched = [], [], []
     super().__init__(CONFIG, sampling, rows, T, grade_into(self.graded))
 
-  def grow(self, params, cache, parent, prefix, token, stop_state, key, ids, limit, *args, **kw):
-    self.grown.append((parent, prefix, key, ids, limit))
-    prefix = prefix, token, stop_state
-    return super().grow(params, cache, parent, *prefix, key, ids, limit, *args, **kw)
+  def grow(self, params, stores, requests, key, *args, **kwargs):
+    self.grown.append((requests, key))
+    return super().grow(params, stores, requests, key, *args, **kwargs)
 
-  def fetch(self, samples, steps):
-    self.fetched.append(super().fetch(samples, steps))
+  def fetch(self, *grown):
+    self.fetched.append(super().fetch(*grown))
     return self.fetched[-1]

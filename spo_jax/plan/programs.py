@@ -9,17 +9,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from spo_jax import model, sampler, sharding
 from spo_jax.attention import kernel_for, trie_keys
 from spo_jax.config import Config, ModelConfig, OptimizerConfig
-from spo_jax.layout import fill
 from spo_jax.packs import most_packs
 from spo_jax.plan import costs
-from spo_jax.structs import KVCache, Sampling, TrainRows, Trie
+from spo_jax.queues import QUEUE, filled, kept_at_once
+from spo_jax.structs import KVStore, Requests, Sampling, TrainRows, Trie
 from spo_jax.update import (
   make_optimizer,
   policy_update,
@@ -64,13 +63,9 @@ class Shapes:
     place = sharding.activation(name, shape, self.mesh)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-  def cache(self, rows: int) -> KVCache:
-    c = self.model_config
-    shape = (rows, c.num_kv_heads, self.config.row_tokens, model.head_width(c))
-    layer = self.array("cache", shape, c.compute_dtype)
-    return KVCache(
-      keys=(layer,) * c.num_layers, values=(layer,) * c.num_layers, length=_host((rows,))
-    )
+  def store(self, rows: int, width: int) -> KVStore:
+    shapes = jax.eval_shape(lambda: sampler.empty_store(self.model_config, rows, width))
+    return jax.tree.map(lambda x: self.array("cache", x.shape, x.dtype), shapes)
 
 
 def _host(shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
@@ -139,13 +134,17 @@ class Programs:
       tensor=mesh.shape["tensor"], fused=kernel != "xla",
     )  # fmt: skip
 
-  def _filled(self, rows: int) -> int:
-    """Rows of a rollout, with the fillers that make equal shares."""
+  def _filled(self, questions: int, each: int) -> int:
     shards = sharding.row_shards(self.rollout_mesh)
-    return -(-rows // shards) * shards
+    return filled(questions, each, self.config.rollout.rows, shards)
 
-  def _cache_bytes(self, rows: int) -> int:
-    return chip_bytes(self._shapes(self.model_config.num_layers, self.rollout_mesh).cache(rows))
+  def _kept_at_once(self) -> int:
+    rollout = self.config.rollout
+    return kept_at_once(rollout.questions, rollout.samples, rollout.rows)
+
+  def _store_bytes(self, rows: int, width: int) -> int:
+    shapes = self._shapes(self.model_config.num_layers, self.rollout_mesh)
+    return chip_bytes(shapes.store(rows, width))
 
   def _sampling(self, evaluating: bool = False) -> Sampling:
     rollout, held_out = self.config.rollout, self.config.eval
@@ -164,7 +163,6 @@ class Programs:
 
   def _prefill(self, name: str, prompts: int, calls: float) -> Program:
     mesh, width = self.rollout_mesh, self.config.rollout.max_prompt_tokens
-    prompts = self._filled(prompts)
 
     def lower(layers: int) -> Any:
       shapes = self._shapes(layers, mesh)
@@ -172,49 +170,41 @@ class Programs:
         return _lower(
           sampler.prefill,
           shapes.model_config, shapes.params(), _host((prompts, width)), _host((prompts,)),
-          slots=self.config.row_tokens,
         )  # fmt: skip
 
     return Program(
       name, lower, costs.prefill(self.model_config, prompts, width, self._split(mesh)), calls,
       prompts * width, {}, "rollout.rows",
-      *self._sampled(self._cache_bytes(prompts)),
+      *self._sampled(self._store_bytes(prompts, width)),
     )  # fmt: skip
 
   def _grow(
-    self, name: str, parents: int, each: int, tokens: int, keep: bool, calls: float,
-    evaluating: bool = False, rows: int = 0,
+    self, name: str, pieces: list[tuple[int, int]], rows: int, room: int, tokens: int, keep: bool,
+    calls: float, evaluating: bool = False,
   ) -> Program:  # fmt: skip
-    """`each` rows of every parent, or `rows` of any."""
+    """`rows` of at most `tokens` more, behind `pieces` of prompts and responses: (rows, width)."""
     mesh, key = self.rollout_mesh, jax.eval_shape(lambda: jax.random.key(0))
-    children = self._filled(rows or parents * each)
-    turns = {r"grow\)/while$": tokens, "shard_map": self._passes(parents, each, rows)}
-    parents = self._filled(parents)
+    slots = min(self.config.rollout.rows, rows)
+    width = pieces[0][1] + room
+    steps = -(-rows // slots) * tokens
 
     def lower(layers: int) -> Any:
-      shapes, own = self._shapes(layers, mesh), _host((children,))
+      shapes, one, each = self._shapes(layers, mesh), _host((rows,)), _host((rows, len(pieces)))
+      stores = tuple(shapes.store(*piece) for piece in pieces)
       with jax.set_mesh(mesh):
         return _lower(
           sampler.grow,
-          shapes.model_config, shapes.params(), shapes.cache(parents), own, own, own, own, key,
-          own, own, self._sampling(evaluating), max_tokens=tokens, keep_cache=keep,
+          shapes.model_config, shapes.params(), stores,
+          Requests(each, each, one, one, one, one, one), key, self._sampling(evaluating),
+          slots=slots, width=width, max_tokens=tokens, keep=keep,
         )  # fmt: skip
 
-    cost = costs.decode(
-      self.model_config, children, self.config.row_tokens, tokens, self._split(mesh)
-    )
+    cost = costs.decode(self.model_config, slots, width, steps, self._split(mesh))
+    held = [*pieces, (slots, width), *[(rows, tokens)] * keep]
     return Program(
-      name, lower, cost, calls, children * tokens, turns, "rollout.rows",
-      *self._sampled(self._cache_bytes(parents) + self._cache_bytes(children)),
+      name, lower, cost, calls, rows * tokens, {r"grow\)/while$": steps}, "rollout.rows",
+      *self._sampled(sum(self._store_bytes(*store) for store in held)),
     )  # fmt: skip
-
-  def _passes(self, parents: int, each: int, rows: int) -> int:
-    """How often caches are passed on in a fork: never, if children stay with their parents."""
-    shards = sharding.row_shards(self.rollout_mesh)
-    parent = fill(np.repeat(np.arange(parents), each), self._filled(parents * each))
-    owner = parent // (self._filled(parents) // shards)
-    here = np.arange(len(parent)) // (len(parent) // shards)
-    return shards - 1 if rows or (owner != here).any() else 0
 
   def _sampled(self, kv_cache: int) -> tuple[dict[str, int], int]:
     """What the chip holds while tokens are sampled, and what of it waits: moments, reference,
@@ -225,34 +215,32 @@ class Programs:
 
   def _rollouts(self) -> list[Program]:
     rollout, spo = self.config.rollout, self.config.spo
+    room = rollout.max_response_tokens
     if self.config.algorithm == "tree":
-      at_once = rollout.rows // self.config.leaves
-      calls = -(-rollout.questions // at_once)
-      found, parents = [self._prefill("prefill", at_once, calls)], at_once
+      rows = self._filled(rollout.questions, self.config.leaves)
+      found, pieces = [self._prefill("prefill", rows, 1)], [(rows, rollout.max_prompt_tokens)]
       for depth, branch in enumerate(spo.branch_factors):
         is_last = depth == len(spo.branch_factors) - 1
-        room = rollout.max_response_tokens - depth * spo.segment_tokens
-        tokens = room if is_last else spo.segment_tokens
-        found.append(
-          self._grow(f"grow level {depth + 1}", parents, branch, tokens, not is_last, calls)
-        )
-        parents *= branch
+        begun, rows = depth * spo.segment_tokens, rows * branch
+        tokens = room - begun if is_last else spo.segment_tokens
+        name = f"grow level {depth + 1}"
+        found.append(self._grow(name, pieces, rows, begun + tokens, tokens, not is_last, 1))
+        pieces = [*pieces, (rows, tokens)]
       return found
-    at_once = rollout.rows // rollout.samples
-    calls = -(-rollout.questions // at_once)
-    rows = at_once * rollout.samples
+    is_chain = self.config.algorithm == "chain"
+    at_once = self._kept_at_once() if is_chain else rollout.questions
+    prompts, calls = self._filled(at_once, rollout.samples), -(-rollout.questions // at_once)
+    rows = prompts * rollout.samples
+    stores = [(prompts, rollout.max_prompt_tokens), (rows, room)]
     found = [
-      self._prefill("prefill", at_once, calls),
-      self._grow("grow", at_once, rollout.samples, rollout.max_response_tokens, True, calls),
+      self._prefill("prefill", prompts, calls),
+      self._grow("grow", stores[:1], rows, room, room, is_chain, calls),
     ]
-    if self.config.algorithm == "chain":
-      boundaries = -(-rollout.max_response_tokens // spo.interval) * rows
-      more = calls * -(-boundaries * spo.continuations // rollout.rows)
-      found.append(
-        self._grow(
-          "continue", rows, 1, rollout.max_response_tokens, False, more, rows=rollout.rows
-        )
-      )
+    if is_chain:
+      waiting = QUEUE * rollout.rows
+      most = at_once * rollout.samples * -(-room // spo.interval) * spo.continuations
+      calls *= -(-most // waiting)
+      found.append(self._grow("continue", stores, waiting, room, room, False, calls))
     return found
 
   def _rescoring(self) -> list[Program]:
@@ -261,13 +249,17 @@ class Programs:
       return []
     length = config.row_tokens
     rows = rollout.questions * rollout.samples
-    waiting = self._cache_bytes(rollout.rows // rollout.samples * rollout.samples)
+    waiting = 0
     if config.algorithm == "tree":
       nodes, level = 0, 1
       for branch in config.spo.branch_factors:
         level *= branch
         nodes += level
-      rows, waiting = rollout.questions * nodes, 0
+      rows = rollout.questions * nodes
+    elif config.algorithm == "chain":  # continued from afterwards
+      prompts = self._filled(self._kept_at_once(), rollout.samples)
+      waiting = self._store_bytes(prompts, rollout.max_prompt_tokens)
+      waiting += self._store_bytes(prompts * rollout.samples, rollout.max_response_tokens)
 
     def lower(layers: int) -> Any:
       shapes, shape = self._shapes(layers, self.mesh), (rollout.rows, length)
@@ -334,12 +326,13 @@ class Programs:
 
   def _evaluation(self) -> list[Program]:
     config = self.config
-    rows = config.rollout.rows
-    calls = -(-config.eval.problems // rows) / config.eval.every
+    rollout = config.rollout
+    prompts = self._filled(config.eval.problems, 1)
+    room, pieces = rollout.max_response_tokens, [(prompts, rollout.max_prompt_tokens)]
     return [
-      self._prefill("evaluate: prefill", rows, calls),
+      self._prefill("evaluate: prefill", prompts, 1 / config.eval.every),
       self._grow(
-        "evaluate: grow", rows, 1, config.rollout.max_response_tokens, True, calls, True
+        "evaluate: grow", pieces, prompts, room, room, False, 1 / config.eval.every, True
       ),
     ]
 
