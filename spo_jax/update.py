@@ -47,8 +47,9 @@ def state_template(
   config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
   """Shapes, dtypes and placement of a train state, without its values."""
+  # The key is made inside, because the devices of the mesh may be described ones.
   shapes = jax.eval_shape(
-    lambda key: init_state(model.init_params(config, key), optimizer), jax.random.key(0)
+    lambda: init_state(model.init_params(config, jax.random.key(0)), optimizer)
   )
   places = sharding.placements(shapes, mesh)
   return jax.tree.map(
