@@ -198,7 +198,7 @@ def test_an_evaluation_by_two_processes_is_that_of_one(alone, tmp_path):
       start_command(2, *asked, "--output", two)
     )
     assert code == other_code == 0, err[-2000:] + other_err[-2000:]
-    assert all(line.startswith("[Gloo]") for line in other_out.splitlines())
+    assert all(line.startswith("[Gloo]") for line in other_out.splitlines()), other_out
     assert "18 questions x 2 samples" in out
     assert sorted(path.name for path in two.iterdir()) == sorted(p.name for p in one.iterdir())
     for name in ("samples.jsonl", "settings.json"):
