@@ -131,7 +131,6 @@ class Train:
       "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
       "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-      "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles faster than it would run
     }
     self._server = subprocess.Popen(
       command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE

@@ -22,7 +22,7 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from programs import KEEP_GRADIENT
 
 from spo_jax import algorithms, head, sampler, sharding
 from spo_jax.config import load
@@ -44,11 +44,6 @@ SETTINGS = [
   "train.micro_batch_rows=8", "train.kl.coefficient=0.1", "checkpoint.export=false",
 ]  # fmt: skip
 head.SMALL_VOCABULARY = 0  # packed as a large one
-# Leaves the gradient behind as its state, for everybody to see.
-KEEP_GRADIENT = optax.GradientTransformation(
-  lambda params: jax.tree.map(jax.numpy.zeros_like, params),
-  lambda gradient, _, params: (jax.tree.map(jax.numpy.negative, gradient), gradient),
-)
 
 
 def run(

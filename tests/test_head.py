@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from jax.extend.core import jaxprs_in_params
+from programs import arrays_in
 
 from spo_jax import head as under_test
 from spo_jax.head import SMALL_VOCABULARY, chunked_logprobs, packed_logprobs, token_logprobs
@@ -144,14 +144,6 @@ def test_the_number_of_chunks_follows_the_mask_and_compiles_nothing_new():
       jax.effects_barrier()
       assert seen == [4] * (2 * -(-count // 4))  # forward and backward
   assert len(traced) == 1
-
-
-def arrays_in(jaxpr):
-  """All arrays that a jaxpr computes, inner jaxprs included."""
-  for equation in jaxpr.eqns:
-    yield from (variable.aval for variable in equation.outvars)
-    for inner in jaxprs_in_params(equation.params):
-      yield from arrays_in(inner)
 
 
 def largest(function, hidden, head, targets):

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from jax.extend.core import jaxprs_in_params
+from programs import KEEP_GRADIENT, arrays_in
 
 from spo_jax import attention, head, model
 from spo_jax.compiles import CompileCount
@@ -23,11 +23,6 @@ from spo_jax.update import init_state, policy_update
 CONFIG = dataclasses.replace(tiny.CONFIG, num_layers=1)
 LP, M, WIDTH = 5, 4, 48  # tokens of a prompt and of a level, slots of a pack
 L = LP + 3 * M
-# Leaves the gradient behind as its state, for everybody to see.
-KEEP_GRADIENT = optax.GradientTransformation(
-  lambda params: jax.tree.map(jnp.zeros_like, params),
-  lambda gradient, _, params: (jax.tree.map(jnp.negative, gradient), gradient),
-)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -130,13 +125,6 @@ def test_updates_of_all_draws_are_one_program():
       state, _ = policy_update(CONFIG, TrainConfig(), KEEP_GRADIENT, state, *inputs)
   assert state.step > 6
   assert len(compiles.programs) == 1
-
-
-def arrays_in(jaxpr):
-  for equation in jaxpr.eqns:
-    yield from (variable.aval for variable in equation.outvars)
-    for inner in jaxprs_in_params(equation.params):
-      yield from arrays_in(inner)
 
 
 def test_a_long_pack_never_makes_an_array_of_all_pairs_of_its_slots():

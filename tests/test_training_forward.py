@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tiny
-from jax.extend.core import jaxprs_in_params
+from programs import KEEP_GRADIENT, equations_of
 
 from spo_jax import model
 from spo_jax.config import KLConfig, TrainConfig
@@ -21,11 +21,6 @@ R, L = 4, 10
 CONFIG = tiny.QWEN2  # 2 layers; 4 heads on keys of 2
 KINDS = ("none", "dots", "layer")
 TRAIN = TrainConfig(kl=KLConfig(0.7))
-# Leaves the gradient behind as its state, for everybody to see.
-KEEP_GRADIENT = optax.GradientTransformation(
-  lambda params: jax.tree.map(jnp.zeros_like, params),
-  lambda gradient, _, params: (jax.tree.map(jnp.negative, gradient), gradient),
-)
 
 
 def with_remat(remat):
@@ -45,13 +40,6 @@ def arguments(optimizer=KEEP_GRADIENT):
   params = tiny.params(CONFIG)
   state = init_state(jax.tree.map(jnp.copy, params), optimizer)
   return state, tiny.params(CONFIG, 1), batch, jnp.int32(2), jnp.float32(0.6)
-
-
-def equations_of(jaxpr):
-  for equation in jaxpr.eqns:
-    yield equation
-    for inner in jaxprs_in_params(equation.params):
-      yield from equations_of(inner)
 
 
 def traced(train, config=CONFIG):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.extend.core import jaxprs_in_params
+from programs import KEEP_GRADIENT, arrays_in, count_matmuls
 
 from spo_jax import model
 from spo_jax.config import KLConfig, ModelConfig, OptimizerConfig, TrainConfig
@@ -28,11 +28,6 @@ CONFIG = ModelConfig(
 )
 TEMPERATURE = jnp.float32(0.6)
 DEFAULT = TrainConfig()
-# Leaves the gradient behind as its state, for everybody to see.
-KEEP_GRADIENT = optax.GradientTransformation(
-  lambda params: jax.tree.map(jnp.zeros_like, params),
-  lambda gradient, _, params: (jax.tree.map(jnp.negative, gradient), gradient),
-)
 ADAM = make_optimizer(OptimizerConfig(learning_rate=1e-2))
 
 
@@ -230,14 +225,6 @@ def test_micro_batches_that_are_not_used_are_not_computed():
   assert_same(gradient(DEFAULT, rows.replace(logprobs=poison), used=2), first)
 
 
-def count_matmuls(jaxpr):
-  found = 0
-  for equation in jaxpr.eqns:
-    found += equation.primitive.name == "dot_general"
-    found += sum(map(count_matmuls, jaxprs_in_params(equation.params)))
-  return found
-
-
 def traced(train, config=CONFIG, shape=(4, 2, L), reference=True):
   """The program of an update, only traced."""
   params = jax.eval_shape(partial(model.init_params, config), jax.random.key(0))
@@ -256,13 +243,6 @@ def test_no_kl_costs_no_forward_of_a_reference():
   without = count_matmuls(traced(DEFAULT, reference=False))
   assert forward > 5
   assert count_matmuls(traced(kl_train("k3"))) == without + forward
-
-
-def arrays_in(jaxpr):
-  for equation in jaxpr.eqns:
-    yield from (variable.aval for variable in equation.outvars)
-    for inner in jaxprs_in_params(equation.params):
-      yield from arrays_in(inner)
 
 
 def test_a_large_vocabulary_never_makes_logits_of_whole_rows():
