@@ -25,6 +25,10 @@ PYTHON ?= $(firstword $(call passing,$(usable),import ensurepip) $(usable))
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
+# Two CPU devices share out rows where one would leave a core idle; an accelerator does not see it.
+train: export JAX_NUM_CPU_DEVICES ?= 2
+# What is compiled once need not be compiled by the next run.
+train: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 train: $(READY) ## train with CONFIG (configs/laptop_chain.yaml); more in ARGS="--set seed=1"
 	@$(BIN)/python -m spo_jax.train --config $(CONFIG) $(ARGS)
 
@@ -48,7 +52,7 @@ lock: $(READY) ## resolve pyproject.toml into requirements.txt again (ARGS=--upg
 	  | sed "s,+cpu,,; s,^libtpu.*,& ; $(LIBTPU_RUNS)," > requirements-parity.txt
 
 clean: ## remove .venv, caches and build output; runs/ stays
-	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) .jax_cache build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY_TO_TEST): $(READY) requirements-parity.txt

@@ -89,9 +89,13 @@ def draw(keys: jax.Array, logits: jax.Array, sampling: Sampling) -> tuple[jax.Ar
   scaled = logits / jnp.where(greedy, 1.0, sampling.temperature)
   allowed = truncate(scaled, sampling) if sampling.truncate else scaled
   noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(keys)
-  tokens = jnp.argmax(allowed + jnp.where(greedy, 0.0, noise), axis=-1).astype(jnp.int32)
-  logprobs = jax.nn.log_softmax(scaled, axis=-1)
-  return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+  noisy = allowed + jnp.where(greedy, 0.0, noise)
+  # The first of the largest, as argmax would find it, whose loop a CPU cannot vectorise.
+  is_largest = noisy == jnp.max(noisy, axis=-1, keepdims=True)
+  last = logits.shape[-1] - 1
+  tokens = jnp.min(jnp.where(is_largest, jnp.arange(last + 1), last), axis=-1).astype(jnp.int32)
+  chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0]
+  return tokens, chosen - jax.nn.logsumexp(scaled, axis=-1)
 
 
 def truncate(logits: jax.Array, sampling: Sampling) -> jax.Array:

@@ -156,6 +156,8 @@ class Train:
 
 def serve(shared: Path) -> None:
   """Reads a request a line, forks a child for it and answers how that ended."""
+  import tensorboardX  # noqa: F401  with torch, if it finds it
+
   from spo_jax.tokenizer import character_tokenizer
 
   character_tokenizer("0")  # imports transformers
