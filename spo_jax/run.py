@@ -118,6 +118,7 @@ class Run:
     is_last = iteration == config.train.iterations
     record = dict(figures)
     if iteration:
+      record["memory/kv_bytes"] = engine.kv_bytes
       counts, seconds = engine.take_counts()
       clock.laps |= {f"time/{name}_s": value for name, value in seconds.items()}
       record |= {f"tokens/{name}": count for name, count in counts.items()}

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import spo_jax
-from spo_jax import hf
+from spo_jax import hf, sampler
 from spo_jax.config import load
 
 pytest.register_assert_rewrite("runs")
@@ -24,6 +24,7 @@ KEYS = {
   "iteration", "rollout/reward_mean", "loss/policy", "loss/kl", "loss/clip_fraction",
   "mask/fraction", "tokens/prefilled", "tokens/decoded", "tokens/unique", "tokens/trained",
   "compile/count", "time/rollout_s", "time/grade_s", "time/update_s",
+  "memory/kv_bytes",
 }  # fmt: skip
 ACCURACIES = {"greedy_accuracy", "sampled_accuracy"}
 
@@ -167,6 +168,15 @@ def test_no_token_is_computed_twice_in_a_rollout(run):
     assert record["tokens/prefilled"] + record["tokens/decoded"] == record["tokens/unique"] > 0
     # Each question's prompt once: 4 of 7 tokens.
     assert record["tokens/prefilled"] == 28
+
+
+def test_the_most_memory_of_keys_and_values_is_logged(run):
+  """What the slots hold, at least: they are as large as prompt and response together."""
+  run_dir, _ = run
+  config = load(run_dir / "config.yaml", [])
+  slots = sampler.store_bytes(config.model, config.rollout.rows, config.row_tokens)
+  logged = {record["memory/kv_bytes"] for record in records(run_dir)[1:]}
+  assert len(logged) == 1 and slots < logged.pop() < 4 * slots
 
 
 def test_the_last_policy_is_exported(finished):
