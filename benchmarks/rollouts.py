@@ -2,7 +2,7 @@
 
     python benchmarks/rollouts.py 1m 7m 0.5b      # needs the extra `parity`, for torch
     python -m venv tunix && tunix/bin/pip install google-tunix==0.1.7
-    python benchmarks/rollouts.py 1m 7m --tunix-python tunix/bin/python
+    JAX_NUM_CPU_DEVICES=2 python benchmarks/rollouts.py 1m 7m --tunix-python tunix/bin/python
 
 Same weights, same prompts. Every row samples its full length at temperature 1 from the whole
 vocabulary, in float32 on all cores. The sides take turns, so that what else the machine does meets
@@ -26,8 +26,8 @@ import numpy as np
 import side_by_side
 import words
 
-from spo_jax import hf, model, rollouts
-from spo_jax.config import ModelConfig
+from spo_jax import hf, model, rollouts, sharding
+from spo_jax.config import MeshConfig, ModelConfig
 from spo_jax.rollouts import Engine
 from spo_jax.structs import Prompts, Sampling
 
@@ -56,7 +56,9 @@ def ours(config: ModelConfig, params: Any, tokens: np.ndarray, new: int) -> Side
 
   never = (config.vocab_size,)  # an id that no row samples
   sampling = Sampling(temperature=1.0, top_p=1.0, end_ids=never, pad_id=0, top_k=0, truncate=False)
-  engine = Engine(config, sampling, rows, new, grade)
+  mesh = sharding.make_mesh(MeshConfig())  # all devices share out the rows
+  engine = Engine(config, sampling, rows, new, grade, mesh)
+  params = engine.place(params)
   prompts = Prompts(tokens, np.full(rows, width, np.int32), np.arange(rows), (None,) * rows)
 
   def sample(seed: int) -> int:

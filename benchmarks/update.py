@@ -1,6 +1,7 @@
 """One policy update of this project against the same update in torch: weights, rows and optimiser.
 
     python benchmarks/update.py --rows 32 --micro-rows 8 --length 256    # needs the extra `parity`
+    JAX_NUM_CPU_DEVICES=2 python benchmarks/update.py    # rows shared out to two devices
 
 The torch side is what a user would write: a transformers model, log_softmax over the vocabulary,
 the clipped objective, gradients over micro-batches, clipping by norm, AdamW; float32 on both
@@ -20,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 import side_by_side
 
-from spo_jax import hf, model, update
-from spo_jax.config import ModelConfig, OptimizerConfig, TrainConfig
+from spo_jax import hf, model, sharding, update
+from spo_jax.config import MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from spo_jax.structs import TrainRows
 
 CONFIG = ModelConfig(
@@ -35,15 +36,18 @@ TRAIN = TrainConfig(whiten=False)
 def ours(params: Any, batch: TrainRows) -> Any:
   """A function that makes one update and returns the norm of its gradient."""
   optimizer = update.make_optimizer(OPTIMIZER)
+  mesh = sharding.make_mesh(MeshConfig())
   state = update.init_state(jax.tree.map(jnp.copy, params), optimizer)
-  rows = jax.device_put(batch)
+  state = jax.device_put(state, sharding.placements(state, mesh))
+  rows = sharding.place(batch, "micro_batches", mesh)
   used, temperature = jnp.int32(len(batch.tokens)), jnp.float32(1)
 
   def step(turn: int) -> float:
     nonlocal state
-    state, metrics = update.policy_update(
-      CONFIG, TRAIN, optimizer, state, None, rows, used, temperature
-    )
+    with jax.set_mesh(mesh):
+      state, metrics = update.policy_update(
+        CONFIG, TRAIN, optimizer, state, None, rows, used, temperature
+      )
     return float(metrics["loss/gradient_norm"])
 
   return step
