@@ -1,6 +1,6 @@
 """What the TPU compiler says of the published runs: the tables of docs/benchmarks.md.
 
-  python benchmarks/plan.py [--out runs/plan] [--only TEXT]
+  python benchmarks/plan.py [--out runs/plan] [--only TEXT] [--limit SECONDS] [--exact]
 
 Each program of a row is one `python -m spo_jax.plan --json`, kept as a file in --out: what is
 there already is not compiled again, so an interrupted table goes on where it stopped. Needs
@@ -23,7 +23,7 @@ class Row(NamedTuple):
   config: str
   shape: str | None = None  # in the place of the config's model
   tensor: int = 1  # chips of the tensor axis
-  trees: float = 1 / 4  # at once for each part of the rows: 1/4 of 216 leaves is 54 rows
+  trees: float = 1 / 4  # of which leaves grow at once: 54 of 216
   more: tuple[str, ...] = ()  # settings
   programs: tuple[str, ...] = ("grow level 3", "update")
 
@@ -33,18 +33,20 @@ WHOLE = ("rollout.mesh.data=-1", "rollout.mesh.fsdp=1")  # parameters whole on e
 MODELS = {
   "Qwen-1.5B 2K": Row(TREE),
   "Qwen-1.5B 2K, whole": Row(TREE, more=WHOLE, programs=("grow level 3",)),
+  "Qwen-1.5B 2K, packed": Row(TREE, more=("train.pack_tokens=4096",), programs=("update",)),
   "Qwen-1.5B 4K": Row("configs/r1qwen1.5b_math_tree.yaml", trees=1 / 8),
   "Rho-1.1B 2K": Row("configs/rho1b_gsm8k_tree.yaml"),
   "Qwen-7B 2K": Row(TREE, "qwen2.5-7b", tensor=4),
   "Qwen-32B 2K": Row(TREE, "qwen2.5-32b", tensor=8, trees=1 / 8),
 }
-TOPOLOGIES = ("v5e:4x4", "v5p:4x4x4", "v5e:16x16", "v6e:16x16")
 WEAK = ("v5e:2x4", "v5e:4x4", "v5e:8x8", "v5e:16x16")
+LARGE = ("v5p:4x4x4", "v6e:16x16", "v5e:16x16")
 LEAVES = 216
 
 
 def settings(row: Row, chips: int) -> list[str]:
-  """The same work for every chip: one training row at a time, 8 in a batch, and whole trees."""
+  """The same work for every part of the rows: one tree, of which some leaves grow at once, and
+  8 training rows a batch, one at a time."""
   parts = chips // row.tensor
   even = math.lcm(LEAVES, parts)
   rows = even * max(1, round(row.trees * parts * LEAVES / even))
@@ -52,39 +54,52 @@ def settings(row: Row, chips: int) -> list[str]:
     "mesh.data=1", "mesh.fsdp=-1", f"mesh.tensor={row.tensor}", "train.remat=layer",
     f"train.micro_batch_rows={parts}", f"train.batch_rows={8 * parts}",
     f"spo.edges_per_iteration={32 * parts}", f"rollout.rows={rows}",
-    f"rollout.questions={rows // LEAVES}", *row.more,
+    f"rollout.questions={parts}", *row.more,
   ]  # fmt: skip
 
 
 def rows_of_tables() -> list[tuple[str, str, str]]:
   """(table, model, topology), the most wanted first."""
-  weak = [("weak", "Qwen-1.5B 2K", topology) for topology in WEAK]
-  models = [("models", model, topology) for topology in TOPOLOGIES for model in MODELS]
-  return [*weak, ("scale", "Qwen-32B 2K", "v5p:8x8x16"), *models]
+  one, *other, large, largest = MODELS
+  return [
+    *(("models", model, "v5e:4x4") for model in (one, *other)),
+    *(("weak", one, topology) for topology in WEAK),
+    *(("models", model, topology) for model in (large, largest) for topology in LARGE),
+    ("models", largest, "v5p:8x8x16"),
+    *(("models", model, topology) for topology in LARGE for model in (one, *other)),
+  ]
 
 
 def chips_of(topology: str) -> int:
   return math.prod(map(int, topology.split(":")[1].split("x")))
 
 
-def command(model: str, topology: str, program: str) -> list[str]:
+def command(model: str, topology: str, program: str, exact: bool) -> list[str]:
   row = MODELS[model]
   return [
     sys.executable, "-m", "spo_jax.plan", "--config", row.config, "--topology", topology,
     "--json", "--no-search", *(["--model-config", row.shape] if row.shape else []),
-    "--only", program, "--set", *settings(row, chips_of(topology)),
+    *["--exact"] * exact, "--only", program, "--set", *settings(row, chips_of(topology)),
   ]  # fmt: skip
 
 
-def measure(model: str, topology: str, program: str, out: Path) -> dict[str, Any] | None:
+def measure(
+  model: str, topology: str, program: str, options: argparse.Namespace
+) -> dict[str, Any] | None:
   """The plan of one program, from its file or the compiler; None where that failed."""
-  name = f"{model} {topology} {program}".translate(str.maketrans(" :,", "_-_"))
-  file = out / f"{name}.json"
+  name = f"{model} {topology} {program}{' exact' * options.exact}"
+  file = options.out / f"{name.translate(str.maketrans(' :,', '_-_'))}.json"
   if not file.exists():
-    print(f"{model}, {topology}: {program}", file=sys.stderr, flush=True)
-    with (out / f"{name}.err").open("w") as errors:
-      run = command(model, topology, program)
-      done = subprocess.run(run, stdout=subprocess.PIPE, stderr=errors, text=True)
+    print(name, file=sys.stderr, flush=True)
+    run = command(model, topology, program, options.exact)
+    with file.with_suffix(".err").open("w") as errors:
+      try:
+        done = subprocess.run(
+          run, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=options.limit
+        )
+      except subprocess.TimeoutExpired:
+        print(f"{name}: not within {options.limit:.0f} s", file=sys.stderr, flush=True)
+        return None
     if done.returncode not in (0, 3):
       return None
     file.write_text(done.stdout)
@@ -106,10 +121,10 @@ def cells(result: dict[str, Any] | None, size: str) -> list[str]:
   ]  # fmt: skip
 
 
-def line(model: str, topology: str, out: Path) -> str:
+def line(model: str, topology: str, options: argparse.Namespace) -> str:
   wanted = MODELS[model].programs
   grow, update = (
-    measure(model, topology, program, out) if program in wanted else None
+    measure(model, topology, program, options) if program in wanted else None
     for program in Row("").programs
   )
   state = "-"
@@ -130,12 +145,14 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("--out", type=Path, default=Path("runs/plan"))
   parser.add_argument("--only", default="", help="rows whose table, model or slice has this text")
+  parser.add_argument("--limit", type=float, metavar="SECONDS", help="of a program; none beyond")
+  parser.add_argument("--exact", action="store_true", help="compile all layers")
   options = parser.parse_args()
   options.out.mkdir(parents=True, exist_ok=True)
   tables: dict[str, list[str]] = {}
   for table, model, topology in rows_of_tables():
     if options.only in f"{table} {model} {topology}":
-      text = line(model, topology, options.out)
+      text = line(model, topology, options)
       tables.setdefault(table, []).append(text)
       print(text, file=sys.stderr, flush=True)
   for name, lines in tables.items():

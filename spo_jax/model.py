@@ -135,12 +135,13 @@ class Attention(nn.Module):
 
 
 @jax.vmap
-def _store(old: jax.Array, positions: jax.Array, new: jax.Array) -> jax.Array:
-  """Per row: [K, C, H] with [T, K, H] in slots i32[T].
+def _store(old: jax.Array, slot: jax.Array, new: jax.Array) -> jax.Array:
+  """Per row: [K, C, H] with [1, K, H] in slot i32[1].
 
-  Slots past the capacity are dropped by JAX: rows that are done may point there.
+  A slot past the capacity is dropped by JAX: rows that are done may point there. The update has
+  no dimension of slots: with one, the TPU compiler copies the whole cache into another layout.
   """
-  return old.at[:, positions].set(new.swapaxes(0, 1))
+  return old.at[:, slot[0]].set(new[0])
 
 
 class MLP(nn.Module):
@@ -209,7 +210,8 @@ class Decoder(nn.Module):
     embedding = self.param("embed_tokens", _INIT, (c.vocab_size, c.hidden_size), jnp.float32)
     if not c.tie_embeddings:
       self.param("lm_head", _INIT, (c.hidden_size, c.vocab_size), jnp.float32)
-    x = constrain(constrain(embedding, "table")[tokens].astype(c.compute_dtype), "rows")
+    x = constrain(embedding, "table")[constrain(tokens, "tokens")].astype(c.compute_dtype)
+    x = constrain(constrain(x, "looked_up"), "rows")
     layer = DecoderLayer
     if self.remat != "none":
       layer = nn.remat(DecoderLayer, policy=_KEPT[self.remat])

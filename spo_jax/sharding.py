@@ -40,7 +40,11 @@ ACTIVATIONS: dict[str, P] = {
   "channels": P(ROWS, None, "tensor"),  # [B, T, F]
   "cache": P(ROWS, "tensor"),  # [B, K, C, H]
   "logits": P(ROWS, "tensor"),  # [B, V]
-  "table": P("tensor"),  # [V, E], the embedding where tokens are looked up
+  # A table stays where it is when tokens are looked up: every device finds its channels of all
+  # rows, and they are handed to the rows' own devices.
+  "table": P("tensor", "fsdp"),  # [V, E], the embedding
+  "tokens": P("data"),  # [B, T]
+  "looked_up": P("data", None, "fsdp"),  # [B, T, E]
   "head": P(None, "tensor"),  # [E, V], where logits are computed
   "tied_head": P("tensor"),  # [V, E], the same of a tied one
   "tied_gradient": P(ROWS, "tensor"),  # [parts of the rows, V, E], of a tied head

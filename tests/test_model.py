@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spo_jax import model
+from spo_jax.structs import KVCache
 
 B, L = 4, 7  # one shape for all drawn examples: one compilation per architecture
 
@@ -138,3 +139,20 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits():
   assert rough.dtype == jnp.float32
   error = np.abs(np.asarray(rough) - exact)[mask].mean() / np.abs(exact)[mask].mean()
   assert 1e-4 < error < 0.05
+
+
+def test_a_token_behind_the_last_slot_of_a_cache_is_dropped():
+  """Rows of 0, 2, 3 and 4 tokens in 3 slots: each writes its own next one, or nothing."""
+  config, rng = CONFIGS["qwen2-untied-1kv"], np.random.default_rng(0)
+  shape = (B, config.num_kv_heads, 3, model.head_width(config))
+  layers = tuple(rng.normal(size=shape).astype(np.float32) for _ in range(config.num_layers))
+  lengths = np.array([0, 2, 3, 4])
+  cache = KVCache(layers, layers, jnp.array(lengths))
+  _, new = jax.jit(model.decode_step, static_argnums=0)(
+    config, tiny.params(config), jnp.zeros(B, jnp.int32), cache
+  )
+  is_written = np.arange(3) == lengths[:, None]
+  for before, made in zip(layers * 2, (*new.keys, *new.values)):
+    changed = np.asarray(made) != before
+    np.testing.assert_array_equal(changed.all(axis=(1, 3)), is_written)
+    np.testing.assert_array_equal(changed.any(axis=(1, 3)), is_written)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -146,6 +147,34 @@ def test_wrong_usage_is_one_line_and_2(tiny, capsys, arguments, said):
   out, error = capsys.readouterr()
   assert out == "" and error.startswith("error: ") and error.count("\n") == 1, error
   assert said in error
+
+
+def evaluations(*settings):
+  """(calls per iteration, tokens of one call) by program, of 4 rows at once on one device."""
+  config = load(None, [*SMALL, *settings])
+  mesh = sharding.make_mesh(MeshConfig())
+  found = Programs(config, dataclasses.replace(config.model, vocab_size=64), mesh).listed()
+  return {p.name: (p.calls, p.tokens) for p in found if ":" in p.name}
+
+
+SMALL = [
+  "model.hidden_size=16", "model.num_heads=2", "model.num_kv_heads=2", "rollout.rows=4",
+  "rollout.samples=1", "rollout.max_prompt_tokens=8", "rollout.max_response_tokens=16",
+  "train.iterations=25", "eval.every=10", "eval.problems=10", "eval.temperature=0",
+]  # fmt: skip
+
+
+def test_the_evaluations_of_a_run_are_counted():
+  """Behind iterations 0, 10, 20 and 25 of 25; 10 questions are filled up to 12."""
+  once = {"evaluate: prefill": (4 / 25, 12 * 8), "evaluate: grow": (4 / 25, 12 * 16)}
+  assert evaluations() == once
+  twice = evaluations("eval.temperature=0.6")  # greedy as well
+  assert twice == {name: (2 * calls, tokens) for name, (calls, tokens) in once.items()}
+  assert evaluations("train.iterations=20")["evaluate: grow"][0] == 3 / 20
+  assert evaluations("eval.every=100")["evaluate: grow"][0] == 2 / 25
+  chosen = evaluations("eval.temperature=0.6", "eval.validation_problems=7")
+  validation = {"validate: prefill": (4 / 25, 8 * 8), "validate: grow": (4 / 25, 8 * 16)}
+  assert chosen == twice | validation
 
 
 def test_an_extrapolated_model_is_nearly_the_compiled_one():

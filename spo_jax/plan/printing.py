@@ -11,6 +11,7 @@ from spo_jax.plan.chips import GIB
 from spo_jax.plan.fitting import Plan
 
 _ROLLOUT = ("prefill", "grow", "continue", "score")
+_HELD_OUT = ("evaluate", "validate")
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def _iteration(lines: list[dict[str, Any]]) -> dict[str, float] | None:
   return {
     "rollout_seconds": rollout,
     "update_seconds": seconds["update"],
-    "evaluation_seconds": sum(s for name, s in seconds.items() if name.startswith("evaluate")),
+    "evaluation_seconds": sum(s for name, s in seconds.items() if name.startswith(_HELD_OUT)),
     "decoded_tokens": decoded,
     "decoded_tokens_per_second": decoded / rollout if rollout else 0.0,
   }

@@ -325,16 +325,25 @@ class Programs:
     )
 
   def _evaluation(self) -> list[Program]:
-    config = self.config
-    rollout = config.rollout
-    prompts = self._filled(config.eval.problems, 1)
-    room, pieces = rollout.max_response_tokens, [(prompts, rollout.max_prompt_tokens)]
-    return [
-      self._prefill("evaluate: prefill", prompts, 1 / config.eval.every),
-      self._grow(
-        "evaluate: grow", pieces, prompts, room, room, False, 1 / config.eval.every, True
-      ),
-    ]
+    """Test questions are answered greedily and, at another temperature than 0, once more;
+    those of validation, which choose the best policy, once."""
+    held_out, rollout = self.config.eval, self.config.rollout
+    most, room = max(self.config.train.iterations, 1), rollout.max_response_tokens
+    # Every so often, the first and the last iteration included.
+    times = (1 + -(-most // held_out.every)) / most
+    found = []
+    for name, asked, answers in (
+      ("evaluate", held_out.problems, 1 + (held_out.temperature > 0)),
+      ("validate", held_out.validation_problems, 1),
+    ):
+      if asked:
+        prompts = self._filled(asked, 1)
+        pieces, calls = [(prompts, rollout.max_prompt_tokens)], answers * times
+        found.append(self._prefill(f"{name}: prefill", prompts, calls))
+        found.append(
+          self._grow(f"{name}: grow", pieces, prompts, room, room, False, calls, True)
+        )
+    return found
 
   def _warm_start(self) -> Program:
     """Calls are 0: it is over before the first iteration."""
