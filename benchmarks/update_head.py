@@ -31,18 +31,24 @@ from spo_jax.structs import TrainRows
 GIB = 2**30
 
 
-def plain(hidden, weights, targets, mask, temperature):
+def plain(hidden, weights, targets, mask, temperature, tied):
   """Logits of everything at once, and the derivative that JAX makes of it."""
+  weights = weights.T if tied else weights
   logits = jnp.einsum("bte,ev->btv", hidden, weights) / temperature
   chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
   return jnp.where(mask, chosen, 0.0)
 
 
-def chunked(hidden, weights, targets, mask, temperature):
+def chunked(hidden, weights, targets, mask, temperature, tied):
+  weights = weights.T if tied else weights
   return jnp.where(mask, head.chunked_logprobs(hidden, weights, targets, temperature), 0.0)
 
 
-WAYS = {"plain": plain, "chunked": chunked, "packed": head.packed_logprobs}
+def packed(hidden, weights, targets, mask, temperature, tied):
+  return head.packed_logprobs(hidden, weights, targets, mask, temperature, tied=tied)
+
+
+WAYS = {"plain": plain, "chunked": chunked, "packed": packed}
 
 
 def random_batch(shape: tuple[int, int, int], vocab: int, fraction: float) -> TrainRows:

@@ -19,7 +19,17 @@ from spo_jax.sharding import constrain, row_parts
 # Up to here every position is scored, as the recipes for small vocabularies were measured.
 SMALL_VOCABULARY = 512
 _CHUNK_LOGITS = 2**27  # logits held at once, 512 MiB of float32
-_FEWEST_TOKENS = 64  # of a chunk: each reads the whole head and adds to its whole gradient
+_FEWEST_TOKENS = 48  # of a chunk: each reads the whole head and adds to its whole gradient
+_BLOCK = 2**23  # numbers of its gradient that are added at once, 32 MiB of float32 a device
+
+
+def project(hidden: jax.Array, head: jax.Array, tied: bool = False) -> jax.Array:
+  """Logits f32[..., V] of hidden [..., E], from the head as it is stored.
+
+  Args:
+    head: [E, V], or the embedding [V, E] where it is `tied`: no transposed copy is made of it.
+  """
+  return _einsum("...e,ve->...v" if tied else "...e,ev->...v", hidden, head)
 
 
 def token_logprobs(
@@ -28,6 +38,7 @@ def token_logprobs(
   targets: jax.Array,
   mask: jax.Array,
   temperature: float | jax.Array = 1.0,
+  tied: bool = False,
 ) -> jax.Array:
   """Log-probability of the targets of the mask, without an array of [B, T, V].
 
@@ -37,15 +48,17 @@ def token_logprobs(
 
   Args:
     hidden: [B, T, E], any float type.
-    head: [E, V], any float type; its gradient is summed up in float32.
+    head: [E, V], [V, E] where it is `tied`, any float type; its gradient is summed up in float32.
     targets: i32[B, T] in 0..V-1.
     mask: bool[B, T], where the result is wanted.
     temperature: of the sampling policy, above 0.
   Returns: f32[B, T], nats, 0 outside the mask.
   """
-  if head.shape[1] <= SMALL_VOCABULARY:
-    return jnp.where(mask, chunked_logprobs(hidden, head, targets, temperature), 0.0)
-  return packed_logprobs(hidden, head, targets, mask, temperature)
+  if head.shape[0 if tied else 1] <= SMALL_VOCABULARY:
+    # Transposed it is small, and results are those of the recipes to the last bit.
+    weights = head.T if tied else head
+    return jnp.where(mask, chunked_logprobs(hidden, weights, targets, temperature), 0.0)
+  return packed_logprobs(hidden, head, targets, mask, temperature, tied=tied)
 
 
 def chunked_logprobs(
@@ -96,32 +109,36 @@ def packed_logprobs(
   mask: jax.Array,
   temperature: float | jax.Array = 1.0,
   chunk_tokens: int | None = None,
+  tied: bool = False,
 ) -> jax.Array:
   """`token_logprobs` at a cost that follows the number of masked positions, chunk by chunk.
 
   On a mesh every part of the rows is packed on its own device; all take as many chunks as the
-  fullest part needs. Logits and the gradient of the head stay shared out over `tensor`.
+  fullest part needs. Logits and the gradient of the head stay shared out over `tensor`. The head
+  is read, and its gradient summed up, in the layout in which it is stored.
 
   Args:
     chunk_tokens: positions of one chunk, on every part. None: a sixteenth of a part, at least
-      64, and at most as many as make 2^27 logits.
+      48, and at most as many as make 2^27 logits.
   Raises: ValueError if `chunk_tokens` is below 1.
   """
   _check(hidden, head, targets, chunk_tokens)
   chex.assert_equal_shape([targets, mask])
+  vocabulary = head.shape[0 if tied else 1]
   rows, length = targets.shape
   if not targets.size:
     return jnp.zeros(targets.shape, jnp.float32)
   parts = row_parts(rows)
   positions = rows * length // parts
   if chunk_tokens is None:
-    chunk_tokens = min(max(positions // 16, _FEWEST_TOKENS), _CHUNK_LOGITS // head.shape[1])
+    chunk_tokens = min(max(positions // 16, _FEWEST_TOKENS), _CHUNK_LOGITS // vocabulary)
   chunk = max(1, min(chunk_tokens, positions))
   hidden, targets, mask = (
     constrain(x.reshape(parts, positions, *x.shape[2:]), "rows")
     for x in (hidden, targets, mask != 0)
   )
-  logprobs = _packed(hidden, head, targets, mask, jnp.asarray(temperature, jnp.float32), chunk)
+  temperature = jnp.asarray(temperature, jnp.float32)
+  logprobs = _packed(hidden, head, targets, mask, temperature, chunk, tied)
   return constrain(logprobs.reshape(rows, length), "rows")
 
 
@@ -138,7 +155,7 @@ def _check(
 # loop of that kind has no derivative of its own. S parts of M positions, C of them in a chunk.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _packed(
   hidden: jax.Array,
   head: jax.Array,
@@ -146,9 +163,10 @@ def _packed(
   mask: jax.Array,
   temperature: jax.Array,
   chunk: int,
+  tied: bool,
 ) -> jax.Array:
-  """[S, M, E], [E, V], i32[S, M], bool[S, M], f32[] -> f32[S, M], 0 outside the mask."""
-  return _forward(hidden, head, targets, mask, temperature, chunk)[0]
+  """[S, M, E], [E, V] or [V, E], i32[S, M], bool[S, M], f32[] -> f32[S, M], 0 outside the mask."""
+  return _forward(hidden, head, targets, mask, temperature, chunk, tied)[0]
 
 
 def _forward(
@@ -158,13 +176,14 @@ def _forward(
   mask: jax.Array,
   temperature: jax.Array,
   chunk: int,
+  tied: bool,
 ) -> tuple[jax.Array, Any]:
   chunks, order = _order(mask, chunk)
-  weights = constrain(head, "head")
+  weights = constrain(head, "tied_head" if tied else "head")
 
   def add(i: jax.Array, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     at = _slice(order, i, chunk)
-    scaled = _logits(_take(hidden, at), weights) / temperature
+    scaled = _logits(_take(hidden, at), weights, tied) / temperature
     largest = jnp.max(scaled, axis=-1)
     log_total = jnp.log(jnp.sum(jnp.exp(scaled - largest[..., None]), axis=-1))
     chosen = jnp.take_along_axis(scaled, _take(targets, at)[..., None], axis=-1)[..., 0]
@@ -177,10 +196,10 @@ def _forward(
   return _unpack(logprobs, mask), (hidden, head, targets, mask, temperature, *normaliser)
 
 
-def _backward(chunk: int, saved: Any, cotangent: jax.Array) -> tuple[Any, ...]:
+def _backward(chunk: int, tied: bool, saved: Any, cotangent: jax.Array) -> tuple[Any, ...]:
   hidden, head, targets, mask, temperature, largest, log_total = saved
   chunks, order = _order(mask, chunk)
-  weights = constrain(head, "head")
+  weights = constrain(head, "tied_head" if tied else "head")
   count = jnp.sum(mask, axis=1, keepdims=True)
 
   def add(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -189,19 +208,24 @@ def _backward(chunk: int, saved: Any, cotangent: jax.Array) -> tuple[Any, ...]:
     states, labels = _take(hidden, at), _take(targets, at)
     inside = i * chunk + jnp.arange(chunk) < count
     scale = jnp.where(inside, _take(cotangent, at), 0.0)[..., None] / temperature
-    scaled = _logits(states, weights) / temperature
-    is_target = jnp.arange(head.shape[1]) == labels[..., None]
+    scaled = _logits(states, weights, tied) / temperature
+    is_target = jnp.arange(scaled.shape[-1]) == labels[..., None]
     high, rest = (_slice(x, i, chunk)[..., None] for x in (largest, log_total))
     by_logit = scale * (is_target - jnp.exp(scaled - high - rest))
-    by_state = _write(by_state, _einsum("scv,ev->sce", by_logit, weights), i)
-    by_head += constrain(_einsum("sce,scv->sev", states, by_logit), "vocabulary")
+    by_state = _write(by_state, project(by_logit, weights, not tied), i)
+    rows, columns = (by_logit, states) if tied else (states, by_logit)
+    by_head = constrain(_add_products(by_head, rows, columns, shards), layout)
     return by_state, by_head, by_temperature - jnp.sum(by_logit * scaled)
 
   parts, _, width = hidden.shape
+  layout = "tied_gradient" if tied else "vocabulary"
+  shards = _tensor_shards(head.shape[0]) if tied else 1
+  # Zeros that XLA does not know beforehand: it would keep one more array of them all the time.
+  zero = jnp.minimum(chunks, 0).astype(jnp.float32)
   # A sum per part: added up over devices once, behind the loop.
   zeros = (
     constrain(jnp.zeros((*order.shape, width), jnp.float32), "rows"),
-    constrain(jnp.zeros((parts, *head.shape), jnp.float32), "vocabulary"),
+    constrain(jnp.broadcast_to(zero, (parts, *head.shape)), layout),
     jnp.zeros_like(temperature),
   )
   by_state, by_head, by_temperature = jax.lax.fori_loop(0, chunks, add, zeros)
@@ -221,8 +245,38 @@ def _einsum(equation: str, *operands: jax.Array) -> jax.Array:
   return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
 
 
-def _logits(states: jax.Array, weights: jax.Array) -> jax.Array:
-  return constrain(_einsum("sce,ev->scv", states, weights), "vocabulary")
+def _logits(states: jax.Array, weights: jax.Array, tied: bool) -> jax.Array:
+  return constrain(project(states, weights, tied), "vocabulary")
+
+
+def _tensor_shards(size: int) -> int:
+  """Into how many parts `tensor` shares out a dimension."""
+  mesh = jax.sharding.get_abstract_mesh()
+  shards = 1 if mesh.empty else mesh.shape["tensor"]
+  return shards if size % shards == 0 else 1
+
+
+def _add_products(sums: jax.Array, rows: jax.Array, columns: jax.Array, shards: int) -> jax.Array:
+  """[S, R, K] + the sum over C of rows [S, C, R] times columns [S, C, K].
+
+  A block of rows at a time, so that nothing else has the size of `sums`: of every one of the
+  `shards` that share out R.
+  """
+  parts, count, width = sums.shape
+  shape, own = sums.shape, count // shards
+  sums = sums.reshape(parts, shards, own, width)
+  rows = rows.reshape(*rows.shape[:2], shards, own)
+  block = max(1, min(_BLOCK // width, own))
+
+  def add(i: jax.Array, sums: jax.Array) -> jax.Array:
+    start = jnp.minimum(i * block, own - block)  # the last block begins within the one in front
+    some = jax.lax.dynamic_slice_in_dim(rows, start, block, axis=3)
+    some = jnp.where(start + jnp.arange(block) < i * block, 0.0, some)
+    new = _einsum("scgr,sck->sgrk", some, columns)
+    new += jax.lax.dynamic_slice_in_dim(sums, start, block, axis=2)
+    return jax.lax.dynamic_update_slice_in_dim(sums, new, start, axis=2)
+
+  return jax.lax.fori_loop(0, -(-own // block), add, sums).reshape(shape)
 
 
 def _order(mask: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:

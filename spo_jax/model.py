@@ -21,6 +21,7 @@ from spo_jax.attention import (
   trie_blocks,
 )
 from spo_jax.config import ConfigError, ModelConfig
+from spo_jax.head import project
 from spo_jax.sharding import constrain
 from spo_jax.structs import KVCache, Trie
 
@@ -227,8 +228,8 @@ def head_width(config: ModelConfig) -> int:
 
 
 def head_weight(config: ModelConfig, params: Params) -> jax.Array:
-  """The output projection [E, V]: the embedding itself where it is tied."""
-  return params["embed_tokens"].T if config.tie_embeddings else params["lm_head"]
+  """The output projection as it is stored: [E, V], or the embedding [V, E] where it is tied."""
+  return params["embed_tokens" if config.tie_embeddings else "lm_head"]
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
@@ -272,9 +273,7 @@ def hidden_states(
 def logits(config: ModelConfig, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
   """Next-token logits f32[B, L, V] of right-padded rows; mask is True on real tokens."""
   hidden = hidden_states(config, params, tokens, mask)
-  return jnp.einsum(
-    "ble,ev->blv", hidden, head_weight(config, params), preferred_element_type=jnp.float32
-  )
+  return project(hidden, head_weight(config, params), config.tie_embeddings)
 
 
 def prefill(
@@ -295,7 +294,5 @@ def decode_step(
   column, positions = token[:, None], cache.length[:, None]
   is_token = jnp.ones(column.shape, bool)
   hidden, (keys, values) = _apply(config, params, column, positions, is_token, cache)
-  scores = jnp.einsum(
-    "be,ev->bv", hidden[:, 0], head_weight(config, params), preferred_element_type=jnp.float32
-  )
+  scores = project(hidden[:, 0], head_weight(config, params), config.tie_embeddings)
   return constrain(scores, "logits"), KVCache(keys=keys, values=values, length=cache.length + 1)

@@ -42,6 +42,8 @@ ACTIVATIONS: dict[str, P] = {
   "logits": P(ROWS, "tensor"),  # [B, V]
   "table": P("tensor"),  # [V, E], the embedding where tokens are looked up
   "head": P(None, "tensor"),  # [E, V], where logits are computed
+  "tied_head": P("tensor"),  # [V, E], the same of a tied one
+  "tied_gradient": P(ROWS, "tensor"),  # [parts of the rows, V, E], of a tied head
   "vocabulary": P(ROWS, None, "tensor"),  # [parts of the rows, ..., V], logits of the update
 }
 

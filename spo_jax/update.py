@@ -73,7 +73,8 @@ def score(
     states, tokens, mask = hidden[:, :-1], tokens[:, 1:], mask[:, 1:]
   else:
     states = take_slots(hidden, trie.previous)
-  logprobs = token_logprobs(states, model.head_weight(config, params), tokens, mask, temperature)
+  head = model.head_weight(config, params)
+  logprobs = token_logprobs(states, head, tokens, mask, temperature, config.tie_embeddings)
   return jnp.pad(logprobs, ((0, 0), (1, 0))) if trie is None else logprobs
 
 

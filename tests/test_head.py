@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from programs import arrays_in
 
 from spo_jax import head as under_test
-from spo_jax.head import SMALL_VOCABULARY, chunked_logprobs, packed_logprobs, token_logprobs
+from spo_jax import model, sharding
+from spo_jax.config import MeshConfig
+from spo_jax.head import (
+  SMALL_VOCABULARY,
+  chunked_logprobs,
+  packed_logprobs,
+  project,
+  token_logprobs,
+)
+from spo_jax.structs import KVCache
+from spo_jax.update import score
 
 B, T = 3, 10
 TEMPERATURE = np.float32(0.6)
@@ -45,9 +62,17 @@ def everywhere(hidden, head, targets, mask, temperature, chunk_tokens=None):
   return jnp.where(mask, logprobs, 0.0)
 
 
+def packed_tied(hidden, head, targets, mask, temperature, chunk_tokens=None):
+  """From the head as an embedding is stored; its gradient comes back as that of the others."""
+  return packed_logprobs(hidden, head.T, targets, mask, temperature, chunk_tokens, tied=True)
+
+
 BOTH = [
   jax.jit(function, static_argnames="chunk_tokens") for function in (packed_logprobs, everywhere)
 ]
+PACKED = {"as lm_head": packed_logprobs, "tied": packed_tied}
+# Gradients [4, 17] in blocks of 3 and 1 rows, gradients [17, 4] in blocks of 14 and 3.
+BLOCK = 3 * 17 + 5
 
 
 def problem(rows=B, length=T, width=4, vocab=17, seed=0):
@@ -76,6 +101,7 @@ def first(count):
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 7, None])
+@pytest.mark.parametrize("layout", PACKED)
 @given(mask=hnp.arrays(bool, (B, T)), flip=st.booleans())
 @example(mask=first(0), flip=False)
 @example(mask=first(B * T), flip=False)
@@ -86,9 +112,14 @@ def first(count):
 @example(mask=first(7), flip=False)
 @example(mask=first(28), flip=True)
 @settings(deadline=None, max_examples=40)
-def test_packed_logprobs_and_gradients_are_those_of_the_whole_softmax(chunk_tokens, mask, flip):
+def test_packed_logprobs_and_gradients_are_those_of_the_whole_softmax(
+  layout, chunk_tokens, mask, flip
+):
   mask = mask[::-1, ::-1] if flip else mask
-  same(weighted_sum(packed_logprobs, chunk_tokens)(mask), weighted_sum(plain)(mask))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(under_test, "_BLOCK", BLOCK)  # read where it is traced
+    actual = weighted_sum(PACKED[layout], chunk_tokens)(mask)
+  same(actual, weighted_sum(plain)(mask))
 
 
 @pytest.mark.parametrize("chunk_tokens", [None, 3, 64])
@@ -98,12 +129,28 @@ def test_chunked_logprobs_and_gradients_are_those_of_the_whole_softmax(chunk_tok
 
 
 @pytest.mark.parametrize("vocab", [SMALL_VOCABULARY, SMALL_VOCABULARY + 1])
-def test_small_and_large_vocabularies_agree_with_the_whole_softmax(vocab):
+@pytest.mark.parametrize("tied", [False, True])
+def test_small_and_large_vocabularies_agree_with_the_whole_softmax(vocab, tied):
   hidden, head, targets = problem(vocab=vocab)
-  mask = first(11)
-  actual = jax.jit(token_logprobs)(hidden, head, targets, mask, TEMPERATURE)
+  mask, stored = first(11), head.T if tied else head
+  actual = jax.jit(partial(token_logprobs, tied=tied))(hidden, stored, targets, mask, TEMPERATURE)
   close(actual, plain(hidden, head, targets, mask, TEMPERATURE), 1e-5)
   assert np.count_nonzero(actual) == 11
+  close(project(hidden, stored, tied), hidden @ head, 1e-5)
+
+
+def test_a_small_tied_head_is_the_program_that_it_always_was():
+  """Learning curves of small vocabularies depend on its last bits."""
+  hidden, head, targets = problem(vocab=SMALL_VOCABULARY)
+  mask = first(11)
+  always = lambda h, w: jnp.where(mask, chunked_logprobs(h, w.T, targets, TEMPERATURE), 0.0)
+  today = lambda h, w: token_logprobs(h, w, targets, mask, TEMPERATURE, tied=True)
+
+  def text(function):
+    total = lambda h, w: function(h, w).sum()
+    return str(jax.make_jaxpr(jax.grad(total, (0, 1)))(hidden, head.T))
+
+  assert text(today) == text(always)
 
 
 def test_what_stands_outside_the_mask_reaches_neither_loss_nor_gradient():
@@ -125,9 +172,9 @@ def test_the_number_of_chunks_follows_the_mask_and_compiles_nothing_new():
   seen = []
   logits = under_test._logits
 
-  def counting(states, weights):
+  def counting(states, *head):
     jax.debug.callback(lambda: seen.append(states.shape[1]))
-    return logits(states, weights)
+    return logits(states, *head)
 
   traced = []
 
@@ -160,37 +207,124 @@ def test_no_array_of_all_logits_forward_or_backward(chunk_tokens):
   whole, mask = np.full((B, T), TEMPERATURE), np.ones((B, T), bool)
   packed = lambda h, w, y: packed_logprobs(h, w, y, mask, TEMPERATURE, chunk_tokens)
   chunked = lambda h, w, y: chunked_logprobs(h, w, y, TEMPERATURE, chunk_tokens)
+  tied = lambda h, w, y: packed_logprobs(h, w.T, y, mask, TEMPERATURE, chunk_tokens, tied=True)
   assert largest(packed, *arrays) == max(chunk_tokens, 2) * 50  # the head itself has 2 * 50
+  assert largest(tied, *arrays) == max(chunk_tokens, 2) * 50
   assert largest(chunked, *arrays) == chunk_tokens * B * 50
   assert largest(lambda h, w, y: plain(h, w, y, mask, whole[..., None]), *arrays) >= everything
 
 
-def large_problem(rows, length, width, dtype=jnp.float32):
+def large_problem(rows, length, width, dtype=jnp.float32, tied=False):
   shape = jax.ShapeDtypeStruct
   return (
-    shape((rows, length, width), dtype), shape((width, LARGE), dtype),
+    shape((rows, length, width), dtype), shape((LARGE, width) if tied else (width, LARGE), dtype),
     shape((rows, length), jnp.int32), shape((rows, length), bool),
   )  # fmt: skip
 
 
-def test_default_chunk_is_bounded_by_the_vocabulary():
-  hidden, head, targets, mask = large_problem(8, 2048, 8, jnp.bfloat16)
-  total = lambda h, w, y, m: token_logprobs(h, w, y, m).sum()
-  jaxpr = jax.make_jaxpr(jax.value_and_grad(total, (0, 1)))(hidden, head, targets, mask).jaxpr
+@pytest.mark.parametrize("tied", [False, True])
+def test_default_chunk_is_bounded_by_the_vocabulary(tied):
+  arguments = large_problem(8, 2048, 8, jnp.bfloat16, tied)
+  total = lambda h, w, y, m: token_logprobs(h, w, y, m, tied=tied).sum()
+  jaxpr = jax.make_jaxpr(jax.value_and_grad(total, (0, 1)))(*arguments).jaxpr
   sizes = [x.size for x in arrays_in(jaxpr) if x.shape[-1:] == (LARGE,)]
   assert 2**26 < max(sizes) <= 2**27
 
 
-def test_at_a_large_vocabulary_an_eighth_of_the_memory_of_the_plain_way_is_enough():
-  """Of a program with its gradients, compiled and not run; 4 rows of 512 tokens."""
-  arrays = large_problem(4, 512, 8)
+@pytest.mark.parametrize("tied", [False, True])
+def test_at_a_large_vocabulary_an_eighth_of_the_memory_of_the_plain_way_is_enough(tied):
+  """Of Qwen2.5-0.5B's head with its gradients, compiled and not run; a row of 512 tokens.
 
-  def temporaries(function):
+  What is left are logits of one chunk and a block of the gradient, in the layout of the head.
+  """
+  width = 896
+  arguments = large_problem(1, 512, width, tied=tied)
+
+  def compiled(function):
     total = lambda h, w, y, m: function(h, w, y, m, TEMPERATURE).sum()
-    compiled = jax.jit(jax.value_and_grad(total, (0, 1))).lower(*arrays).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    return jax.jit(jax.value_and_grad(total, (0, 1))).lower(*arguments).compile()
 
-  assert temporaries(token_logprobs) <= temporaries(plain) / 8
+  def temporaries(program):
+    return program.memory_analysis().temp_size_in_bytes
+
+  packed = compiled(partial(token_logprobs, tied=tied))
+  whole = compiled((lambda h, w, *rest: plain(h, w.T, *rest)) if tied else plain)
+  assert temporaries(packed) <= temporaries(whole) / 8
+  assert temporaries(packed) <= LARGE * width * 4 / 4
+  turned = f"[{width},{LARGE}]" if tied else f"[{LARGE},{width}]"
+  assert turned not in packed.as_text()
+
+
+def test_no_program_of_a_tied_model_turns_its_embedding_over(monkeypatch):
+  """Of an update, of decoding and of logits; the layers have no dimension of the vocabulary."""
+  monkeypatch.setattr(under_test, "SMALL_VOCABULARY", 0)
+  config = dataclasses.replace(tiny.QWEN2, vocab_size=37)
+  width, tokens = config.hidden_size, jnp.ones((2, 12), jnp.int32)
+  params = jax.eval_shape(partial(model.init_params, config), jax.random.key(0))
+  keys = (jnp.zeros((2, config.num_kv_heads, 12, width // config.num_heads)),) * config.num_layers
+  cache = KVCache(keys, keys, jnp.ones(2, jnp.int32))
+  scores = lambda p: score(config, p, tokens, tokens > 0, tokens > 0).sum()
+  programs = {
+    "update": jax.make_jaxpr(jax.grad(scores))(params),
+    "decoding": jax.make_jaxpr(lambda p: model.decode_step(config, p, tokens[:, 0], cache))(params),
+    "logits": jax.make_jaxpr(lambda p: model.logits(config, p, tokens, tokens > 0))(params),
+  }
+  for name, program in programs.items():
+    shapes = [x.shape for x in arrays_in(program.jaxpr)]
+    assert any(shape[-1:] == (37,) for shape in shapes), name
+    assert not any(shape[-2:] == (width, 37) for shape in shapes), name
+
+
+@pytest.mark.devices
+def test_on_meshes_logprobs_and_gradients_are_the_same_and_no_head_is_gathered():
+  folders = (Path(__file__).parents[1], Path(__file__).parent)
+  environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))}
+  done = subprocess.run(
+    [sys.executable, "-c", "import test_head; test_head.check_meshes()"],
+    env=environment, capture_output=True, text=True,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert done.stdout.split() == ["8x1x1", "1x8x1", "2x1x4", "2x2x2", "1x1x8"]
+
+
+def check_meshes():
+  """56 words, 7 or more on every device, in blocks of 5."""
+  from sharded import collectives  # it asks for 8 devices
+
+  hidden, head, targets = problem(rows=8, width=16, vocab=56)
+  weights = np.random.default_rng(1).normal(size=targets.shape)
+  mask = np.random.default_rng(2).random(targets.shape) < 0.4
+  under_test._BLOCK = 5 * 16
+
+  def total(hidden, head, targets, mask, name):
+    tied = name == "embed_tokens"
+    logprobs = packed_logprobs(hidden, head, targets, mask, TEMPERATURE, 3, tied)
+    return (logprobs * weights).sum(), logprobs
+
+  @partial(jax.jit, static_argnames="name")
+  def program(hidden, head, targets, mask, name):
+    value, (by_state, by_head) = jax.value_and_grad(total, (0, 1), has_aux=True)(
+      hidden, head, targets, mask, name
+    )
+    return value, by_state, sharding.constrain_parameters({name: by_head})
+
+  for shape in ((8, 1, 1), (1, 8, 1), (2, 1, 4), (2, 2, 2), (1, 1, 8)):
+    for name, stored in (("embed_tokens", head.T), ("lm_head", head)):
+      expected = program(hidden, stored, targets, mask, name=name)
+      mesh = sharding.make_mesh(MeshConfig(*shape))
+      with jax.set_mesh(mesh):
+        rows = [sharding.place(x, "rows", mesh) for x in (hidden, targets, mask)]
+        arguments = (rows[0], jax.device_put(stored, sharding.placement(name, stored.shape, mesh)))
+        compiled = program.lower(*arguments, *rows[1:], name=name).compile()
+        same(jax.device_get(compiled(*arguments, *rows[1:])), jax.device_get(expected))
+      words = 56 // shape[2]
+      moved = [(kind, made) for kind, made in collectives(compiled.as_text())
+               if words in made or 56 in made]
+      assert moved or words == 7  # gradients of devices that have their own rows are added up
+      for kind, made in moved:
+        assert sorted(made) in ([1, 16, words], [16, words], [16 // shape[1], words]), (kind, made)
+        assert kind in ("all-reduce", "reduce-scatter") or shape[1] > 1, (kind, made)
+    print("x".join(map(str, shape)))
 
 
 @pytest.mark.parametrize("function", BOTH, ids=["packed", "chunked"])
