@@ -124,27 +124,30 @@ def trie_attention(
   rows, length, heads, width = q.shape
   count, block = blocks.seen.shape[1:3]
   more = count * block - length
-  path = blocks.path.reshape(rows, -1)
 
-  def of_blocks(x: jax.Array) -> jax.Array:
-    """[B, K, T, H] -> [n, B, K, R + Q, H]"""
-    shape = (*x.shape[:2], count, -1, width)
-    own = jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))).reshape(shape)
-    found = take_slots(x, path, axis=2).reshape(shape)
-    return jnp.moveaxis(jnp.concatenate([found, own], axis=3), 2, 0)
+  def by_block(x: jax.Array, axis: int) -> jax.Array:
+    """[..., T, ...] -> [n, ..., Q, ...]"""
+    x = jnp.pad(x, [(0, more * (i == axis)) for i in range(x.ndim)])
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], count, block, *x.shape[axis + 1 :]), axis, 0)
 
-  # Scores of one block at a time, computed once more in the backward pass.
+  # What blocks find on their paths is added up by the loop, in float32.
+  anywhere = (_exact(keys), _exact(values))
+
+  # Keys and scores of one block at a time, computed once more in the backward pass.
   @jax.checkpoint
   def attend(inputs: tuple[jax.Array, ...]) -> jax.Array:
-    q, keys, values, seen = inputs
-    out = dense(constrain(q, "heads"), constrain(keys, "cache"), constrain(values, "cache"), seen)
+    q, path, seen, *own = inputs
+    seen_keys, seen_values = (
+      jnp.concatenate([take_slots(x, path, axis=2).astype(mine.dtype), mine], axis=2)
+      for x, mine in zip(anywhere, own)
+    )
+    out = dense(
+      constrain(q, "heads"), constrain(seen_keys, "cache"), constrain(seen_values, "cache"), seen
+    )
     return constrain(out, "heads")
 
-  queries = jnp.pad(q, ((0, 0), (0, more), (0, 0), (0, 0)))
-  queries = jnp.moveaxis(queries.reshape(rows, count, block, heads, width), 1, 0)
-  out = jax.lax.map(
-    attend, (queries, of_blocks(keys), of_blocks(values), jnp.moveaxis(blocks.seen, 1, 0))
-  )
+  path, seen = (jnp.moveaxis(x, 1, 0) for x in blocks)
+  out = jax.lax.map(attend, (by_block(q, 1), path, seen, by_block(keys, 2), by_block(values, 2)))
   return jnp.moveaxis(out, 0, 1).reshape(rows, -1, heads, width)[:, :length]
 
 
@@ -153,9 +156,13 @@ def take_slots(x: jax.Array, slots: jax.Array, axis: int = 1) -> jax.Array:
 
   Gradients of a slot that is taken several times are added up in float32.
   """
-  exact = x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
   take = jax.vmap(lambda row, at: jnp.take(row, at, axis=axis - 1, mode="clip"))
-  return take(exact, slots).astype(x.dtype)
+  return take(_exact(x), slots).astype(x.dtype)
+
+
+def _exact(x: jax.Array) -> jax.Array:
+  """In a type in which many gradients can be added up."""
+  return x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
 
 
 def dense(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import arrays_in
 
 from spo_jax import attention
 from spo_jax.attention import trie_blocks
 from spo_jax.layout import before, concatenate, select
 from spo_jax.packing import optimiser_batches
 from spo_jax.packs import most_packs, pack
-from spo_jax.structs import TrainRows
+from spo_jax.structs import TrainRows, Trie
 
 L = 7
 many = settings(max_examples=60)
@@ -188,3 +192,40 @@ def test_rows_that_are_as_long_as_a_pack_have_one_each():
   packs = pack(rows, L)
   assert len(packs.tokens) == most_packs(5, L, L) == 5
   assert packs.is_token.all()
+
+
+# Attention over the blocks of a pack.
+
+
+def star(length):
+  """A root that all others come from: each of them sees it and itself."""
+  slots = jnp.arange(length)[None]
+  end = jnp.where(slots == 0, length, slots + 1)
+  return Trie((slots > 0).astype(jnp.int32), jnp.zeros_like(slots), end, jnp.int32([1]), 2)
+
+
+def test_keys_of_one_block_at_a_time_forward_and_backward():
+  """2048 slots, paths of 512 tokens: the keys of all 16 blocks would be five times as many."""
+  length, path, width = 2048, 512, 6
+  slots = jnp.zeros((1, length), jnp.int32)
+  blocks = jax.eval_shape(trie_blocks, Trie(slots, slots, slots, jnp.int32([1]), path))
+  array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+  arguments = array((1, length, 2, width)), *(array((1, 2, length, width)),) * 2, blocks
+  total = lambda *arguments: attention.trie_attention(*arguments).astype(jnp.float32).sum()
+  jaxpr = jax.make_jaxpr(jax.grad(total, (0, 1, 2)))(*arguments).jaxpr
+  sizes = {x.size for x in arrays_in(jaxpr) if x.shape[-1:] == (width,)}
+  assert (path + 128) * 2 * width in sizes
+  assert max(sizes) == length * 2 * width
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_a_key_that_many_blocks_see_are_added_up_in_float32(dtype, monkeypatch):
+  """In bfloat16 a sum of twos, one of each block, stays at 512."""
+  monkeypatch.setattr(attention, "_QUERIES", 4)
+  length = 2048
+  q, keys = jnp.zeros((1, length, 1, 2), dtype), jnp.zeros((1, 1, length, 2), dtype)
+  total = lambda x: attention.trie_attention(q, x, x, trie_blocks(star(length))).sum()
+  gradient = jax.jit(jax.grad(total))(keys)
+  assert gradient.dtype == dtype
+  expected = jnp.full(length, 0.5).at[0].set(1 + (length - 1) / 2)
+  np.testing.assert_array_equal(gradient[0, 0, :, 0], expected.astype(dtype))
