@@ -181,7 +181,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Token ids to final hidden states; `head_weight` turns those into logits.
+  """Token ids to final hidden states; `head.project` turns those into logits.
 
   `remat` says what of a layer is kept for a backward pass, the rest is computed again:
   everything (none), the layer's input and the outputs of its projections (dots), or its
