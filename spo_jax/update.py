@@ -196,14 +196,12 @@ def supervised_update(
   tokens: jax.Array,
   is_token: jax.Array,
   mask: jax.Array,
-  step_size: float | jax.Array,
   micro_rows: int,
   remat: str = "none",
 ) -> tuple[TrainState, jax.Array]:
   """Cross-entropy on the masked tokens of i32[B, L] rows; returns the mean loss too.
 
   Args:
-    step_size: factor of the optimiser's step.
     micro_rows: rows of one forward and backward pass, a divisor of B; remat: see model.Decoder.
   """
   count = jnp.maximum(jnp.sum(mask), 1)
@@ -218,7 +216,7 @@ def supervised_update(
     (tokens, is_token, mask),
   )
   value, _, grads = _accumulate(loss, state.params, batch, len(batch[0]))
-  return _apply(optimizer, state, grads, jnp.isfinite(value), step_size), value
+  return _apply(optimizer, state, grads, jnp.isfinite(value)), value
 
 
 def _accumulate(loss: Any, params: model.Params, batch: Any, used: jax.Array | int) -> Any:
@@ -242,13 +240,11 @@ def _apply(
   state: TrainState,
   grads: Any,
   wanted: jax.Array,
-  step_size: float | jax.Array = 1.0,
 ) -> TrainState:
-  """One optimiser step, times `step_size`, where `wanted`; the unchanged state otherwise."""
+  """One optimiser step where `wanted`; the unchanged state otherwise."""
 
   def step() -> TrainState:
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    updates = optax.tree.scale(step_size, updates)
     return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
 
   return constrain_parameters(jax.lax.cond(wanted, step, lambda: state))

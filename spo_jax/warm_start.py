@@ -46,16 +46,14 @@ def warm_start(
   ):
     log.resume_at(step)
     while step < settings.max_steps and accuracy < settings.target_accuracy:
-      # The transition is fast: look more often once it has begun, and take smaller steps, to
-      # stop near the target.
+      # The transition is fast: look more often once it has begun, to stop near the target.
       near = 4 * accuracy >= settings.target_accuracy
       every = max(settings.check_every // 5, 1) if near else settings.check_every
-      step_size = settings.last_step_size if near else 1.0
       steps = min(every, settings.max_steps - step)
       for _ in range(steps):
         rows = experiment.demonstrations(step * settings.batch_rows, settings.batch_rows)
         state, loss = supervised_update(
-          experiment.model_config, optimizer, state, *rows, step_size,
+          experiment.model_config, optimizer, state, *rows,
           micro_rows=settings.micro_batch_rows or settings.batch_rows,
           remat=experiment.config.train.remat,
         )  # fmt: skip

@@ -105,7 +105,7 @@ def test_remat_reaches_the_warm_start():
     state, _, batch, *_ = arguments()
     rows = (batch.tokens[0], batch.is_token[0], batch.mask[0])
     return supervised_update.trace(
-      CONFIG, KEEP_GRADIENT, state, *rows, 1.0, micro_rows=R, remat=remat
+      CONFIG, KEEP_GRADIENT, state, *rows, micro_rows=R, remat=remat
     ).jaxpr.jaxpr
 
   assert len([*equations_of(program("layer"))]) > len([*equations_of(program("none"))])

@@ -1,4 +1,4 @@
-"""When the warm start looks, how large its steps are, and where it ends."""
+"""When the warm start looks, and where it ends."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from spo_jax.config import load
 from spo_jax.experiment import Experiment, build
 
 
-def test_near_its_target_it_looks_more_often_and_takes_smaller_steps(monkeypatch, tmp_path):
-  accuracies, sizes = iter([0.1, 0.3, 0.4, 0.6]), []
+def test_near_its_target_it_looks_more_often(monkeypatch, tmp_path):
+  accuracies, steps = iter([0.1, 0.3, 0.4, 0.6]), []
 
-  def step(config, optimizer, state, tokens, is_token, mask, step_size, **static):
-    sizes.append(step_size)
+  def step(config, optimizer, state, tokens, is_token, mask, **static):
+    steps.append(1)
     return state, np.float32(0)
 
   monkeypatch.setattr(warm_start, "supervised_update", step)
@@ -25,13 +25,13 @@ def test_near_its_target_it_looks_more_often_and_takes_smaller_steps(monkeypatch
   (tmp_path / "config.yaml").write_text(CONFIG)
   config = load(
     tmp_path / "config.yaml",
-    ["sft.max_steps=99", "sft.check_every=10", "sft.target_accuracy=0.6", "sft.last_step_size=0.2"],
+    ["sft.max_steps=99", "sft.check_every=10", "sft.target_accuracy=0.6"],
   )
   never = types.SimpleNamespace(is_asked=lambda: False)
   compiles = contextlib.nullcontext()
   compiles.programs = set()
   warm_start.warm_start(build(config), tmp_path, compiles, never)
-  assert sizes == [1.0] * 20 + [0.2] * 4
+  assert len(steps) == 24
   records = runlog.read_metrics(tmp_path / "warm_start")
   assert [r["iteration"] for r in records] == [10, 20, 22, 24]
   assert [r["dev/greedy_accuracy"] for r in records] == [0.1, 0.3, 0.4, 0.6]

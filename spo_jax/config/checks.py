@@ -180,8 +180,6 @@ def _validate_ranges(config: Config) -> None:
     for key in (f"{section}.b1", f"{section}.b2"):
       if not 0 <= get(config, key) < 1:
         raise ConfigError(f"{key}={get(config, key)} is outside [0, 1). Set e.g. 0.9.")
-  for key in (
-    "rollout.top_p", "eval.top_p", "spo.threshold", "sft.target_accuracy", "sft.last_step_size",
-  ):  # fmt: skip
+  for key in ("rollout.top_p", "eval.top_p", "spo.threshold", "sft.target_accuracy"):
     if not 0 < get(config, key) <= 1:
       raise ConfigError(f"{key}={get(config, key)} is outside (0, 1]. Set 1 to switch it off.")

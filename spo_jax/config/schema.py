@@ -157,7 +157,6 @@ class SFTConfig:
   target_accuracy: float = 1.0  # stop when greedy dev accuracy reaches this
   check_every: int = 25
   check_problems: int = 256
-  last_step_size: float = 1.0  # factor of the learning rate from a quarter of the target on
   optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 

@@ -358,7 +358,7 @@ class Programs:
         return _lower(
           supervised_update,
           shapes.model_config, optimizer, state, _host(shape), _host(shape, bool),
-          _host(shape, bool), _host((), jnp.float32), micro_rows=micro, remat=config.train.remat,
+          _host(shape, bool), micro_rows=micro, remat=config.train.remat,
         )  # fmt: skip
 
     micro_batches = sft.batch_rows // micro
