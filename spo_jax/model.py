@@ -22,7 +22,7 @@ from spo_jax.attention import (
 )
 from spo_jax.config import ConfigError, ModelConfig
 from spo_jax.head import project
-from spo_jax.sharding import constrain
+from spo_jax.sharding import constrain, on_shards
 from spo_jax.structs import KVCache, Trie
 
 Params = Any  # nested dict of arrays
@@ -134,14 +134,36 @@ class Attention(nn.Module):
     return _dense(c.hidden_size, "o_proj", out, use_bias=c.o_bias), (keys, values)
 
 
-@jax.vmap
-def _store(old: jax.Array, slot: jax.Array, new: jax.Array) -> jax.Array:
-  """Per row: [K, C, H] with [1, K, H] in slot i32[1].
+def _store(old: jax.Array, slots: jax.Array, new: jax.Array) -> jax.Array:
+  """[B, K, C, H] with [B, 1, K, H] in slots i32[B, 1].
 
-  A slot past the capacity is dropped by JAX: rows that are done may point there. The update has
-  no dimension of slots: with one, the TPU compiler copies the whole cache into another layout.
+  Slots past the capacity are dropped: rows that are done may point there.
   """
+  return jax.lax.platform_dependent(
+    old, slots, new,
+    tpu=lambda old, slots, new: on_shards(_store_vectors, (slots, new.swapaxes(1, 2)), old),
+    default=_store_rows,
+  )  # fmt: skip
+
+
+@jax.vmap
+def _store_rows(old: jax.Array, slot: jax.Array, new: jax.Array) -> jax.Array:
+  """Per row: [K, C, H] with [1, K, H] in slot i32[1]."""
   return old.at[:, slot[0]].set(new[0])
+
+
+def _store_vectors(read: tuple[jax.Array, jax.Array], old: jax.Array) -> jax.Array:
+  """[B, K, C, H] with `read`, slots i32[B, 1] and [B, K, 1, H] for them.
+
+  A table of vectors is what the TPU compiler changes where it lies: for more dimensions it copies
+  the whole cache into another layout and back. A CPU takes longer over so many small writes.
+  """
+  slots, new = read
+  rows, heads, capacity, width = old.shape
+  first = jnp.arange(rows * heads).reshape(rows, heads) * capacity
+  at = jnp.where(slots < capacity, first + slots, old.size // width)
+  table = old.reshape(-1, width).at[at.reshape(-1)].set(new.reshape(-1, width))
+  return table.reshape(old.shape)
 
 
 class MLP(nn.Module):

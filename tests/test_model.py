@@ -156,3 +156,17 @@ def test_a_token_behind_the_last_slot_of_a_cache_is_dropped():
     changed = np.asarray(made) != before
     np.testing.assert_array_equal(changed.all(axis=(1, 3)), is_written)
     np.testing.assert_array_equal(changed.any(axis=(1, 3)), is_written)
+
+
+@pytest.mark.parametrize("store", ["_store", "_store_vectors"])
+def test_vectors_are_stored_in_their_slots(store):
+  """Rows of 0, 2, 3 and 9 tokens in 3 slots, as a loop writes them; the last two have none."""
+  rng = np.random.default_rng(0)
+  old, new = rng.normal(size=(B, 2, 3, 5)), rng.normal(size=(B, 1, 2, 5))
+  slots = np.array([[0], [2], [3], [9]])
+  expected = old.copy()
+  for row in range(2):
+    expected[row, :, slots[row, 0]] = new[row, 0]
+  old, new, slots = map(jnp.asarray, (old, new, slots))
+  arguments = (old, slots, new) if store == "_store" else ((slots, new.swapaxes(1, 2)), old)
+  np.testing.assert_array_equal(getattr(model, store)(*arguments), expected.astype(np.float32))

@@ -101,6 +101,13 @@ def test_where_the_vocabulary_is_shared_out_no_embedding_or_head_is_whole(measur
 
 
 @pytest.mark.devices
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_tokens_are_looked_up_where_the_embedding_lies(measured, program):
+  """Shared out by channels, it is never whole, and neither is its gradient."""
+  assert EMBEDDING not in [shape for _, shape in measured((1, 8, 1))[1][program]]
+
+
+@pytest.mark.devices
 @pytest.mark.parametrize("mesh", [*MESHES, RESHARDED], ids=name_of)
 def test_no_key_or_value_ever_leaves_its_device(measured, mesh):
   """Prompts of 40 tokens, slots of 44, kept rows of 4, heads of 8 channels."""
