@@ -491,7 +491,7 @@ def test_a_supervised_batch_without_a_mask_or_that_is_not_finite_changes_nothing
   params = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), PARAMS)
   state, loss = supervised_update(
     CONFIG, ADAM, init_state(jax.tree.map(jnp.copy, params), ADAM), rows.tokens, rows.is_token,
-    rows.mask, 1.0, micro_rows=R,
+    rows.mask, micro_rows=R,
   )  # fmt: skip
   assert_same(state, init_state(params, ADAM))
   assert not np.isfinite(loss)
