@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -59,9 +60,11 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
   """
   devices = jax.devices() if devices is None else devices
   sizes = _sizes("mesh", {axis: getattr(config, axis) for axis in AXES}, len(devices))
-  return jax.make_mesh(
-    sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[: math.prod(sizes)]
+  # On a torus an axis may need a part of one of its sides, as 2 chips of 4x4 are.
+  placed = mesh_utils.create_device_mesh(
+    sizes, devices[: math.prod(sizes)], allow_split_physical_axes=True
   )
+  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def make_rollout_mesh(config: RolloutMeshConfig, training: Mesh) -> Mesh:

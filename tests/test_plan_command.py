@@ -232,3 +232,15 @@ def test_the_tpu_compiler_compiles_a_tree_run(tmp_path, shape, tokens):
   assert not grow["refused_by_compiler"] and not update["refused_by_compiler"]
   for program in (grow, update):
     assert program["seconds"]["roofline"] > 0 and program["tokens_per_second"] > 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_an_axis_may_take_a_part_of_a_side_of_a_slice(tiny):
+  """8 chips are two sides of 4x4x4, of which one is taken in part."""
+  done = command(
+    "--config", tiny, "--topology", "v5p:4x4x4", "--only", "prefill", "--json", "--no-search",
+    "--set", "mesh.data=1", "mesh.fsdp=-1", "mesh.tensor=8",
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  plan = json.loads(done.stdout)["as_configured"]
+  assert plan["mesh"] == {"data": 1, "fsdp": 8, "tensor": 8}
