@@ -1,6 +1,11 @@
-"""How tests look into an update: the gradient it takes, and what it is traced to."""
+"""How tests look into an update: the gradient it takes, what it is traced to, on 8 devices too."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -30,3 +35,18 @@ def arrays_in(jaxpr):
 
 def count_matmuls(jaxpr):
   return sum(equation.primitive.name == "dot_general" for equation in equations_of(jaxpr))
+
+
+def printed_on_eight_devices(module):
+  """The words that `check_meshes` of a test module prints in a process with 8 virtual devices."""
+  tests = Path(__file__).parent
+  environment = os.environ | {
+    "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)]),
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+  }
+  done = subprocess.run(
+    [sys.executable, "-c", f"import {module}; {module}.check_meshes()"],
+    env=environment, capture_output=True, text=True,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr[-3000:]
+  return done.stdout.split()

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+from programs import printed_on_eight_devices
 
 from spo_jax import attention, model
 from spo_jax.config import ConfigError
@@ -166,16 +163,7 @@ def test_a_tpu_program_makes_no_array_of_scores(heads, kv_heads, width):
 @pytest.mark.devices
 def test_every_device_runs_the_kernel_on_its_own_rows_and_heads():
   """On 8 virtual devices: values and gradients of one device, and nothing of q is gathered."""
-  environment = os.environ | {
-    "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parents[1], Path(__file__).parent))),
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-  }
-  done = subprocess.run(
-    [sys.executable, "-c", "import test_attention; test_attention.check_meshes()"],
-    env=environment, capture_output=True, text=True,
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr[-3000:]
-  assert done.stdout.split() == ["8x1x1", "1x2x4", "2x2x2", "1x4x2"]
+  assert printed_on_eight_devices("test_attention") == ["8x1x1", "1x2x4", "2x2x2", "1x4x2"]
 
 
 def check_meshes():

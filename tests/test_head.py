@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import re
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +16,7 @@ import tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from programs import arrays_in
+from programs import arrays_in, printed_on_eight_devices
 
 from spo_jax import head as under_test
 from spo_jax import model, sharding
@@ -293,17 +289,8 @@ def test_no_program_of_a_tied_model_turns_its_embedding_over():
 
 @pytest.mark.devices
 def test_on_meshes_logprobs_and_gradients_are_the_same_and_no_head_is_gathered():
-  folders = (Path(__file__).parents[1], Path(__file__).parent)
-  environment = os.environ | {
-    "PYTHONPATH": os.pathsep.join(map(str, folders)),
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-  }
-  done = subprocess.run(
-    [sys.executable, "-c", "import test_head; test_head.check_meshes()"],
-    env=environment, capture_output=True, text=True,
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr[-3000:]
-  assert done.stdout.split() == ["8x1x1", "1x8x1", "2x1x4", "2x2x2", "1x1x8"]
+  names = ["8x1x1", "1x8x1", "2x1x4", "2x2x2", "1x1x8"]
+  assert printed_on_eight_devices("test_head") == names
 
 
 def collectives(text):
