@@ -22,6 +22,8 @@ _LANES = 128  # splash attention takes lengths and blocks in multiples of it
 _LARGEST_BLOCK = 512
 
 _QUERIES = 128  # of a block of a pack, at most
+_CAUSAL_QUERIES = 64  # of a block of a row, at least
+_MOST_BLOCKS = 8  # of a row: each is compiled by itself
 
 Kernel = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -57,9 +59,25 @@ def causal_attention(
     return _on_every_device(splash, q, keys, values)
   if kind == "cudnn":
     return _on_every_device(cudnn, q, keys, values)
+  return _causal_blocks(q, keys, values, is_token)
+
+
+def _causal_blocks(
+  q: jax.Array, keys: jax.Array, values: jax.Array, is_token: jax.Array
+) -> jax.Array:
+  """As `causal_attention`, blocks of queries with the keys in front of their end alone.
+
+  Nearly half of all scores are not computed, and those of a block stay in a CPU's cache.
+  """
   length = q.shape[1]
-  causal = jnp.tril(jnp.ones((length, length), bool))
-  return dense(q, keys, values, causal[None] & is_token[:, None, :])
+  block = max(_CAUSAL_QUERIES, -(-length // _MOST_BLOCKS))
+  out = []
+  for start in range(0, length, block):
+    end = min(start + block, length)
+    causal = jnp.arange(end) <= jnp.arange(start, end)[:, None]
+    mask = causal[None] & is_token[:, None, :end]
+    out.append(dense(q[:, start:end], keys[:, :, :end], values[:, :, :end], mask))
+  return jnp.concatenate(out, axis=1)
 
 
 def cache_attention(
@@ -71,17 +89,8 @@ def cache_attention(
     q: [B, 1, N, H]; keys, values: [B, K, C, H]; positions: i32[B, 1] of the queries.
   Returns: [B, 1, N, H].
   """
-  b, _, n, h = q.shape
-  k, slots = keys.shape[1:3]
-  seen = jnp.arange(slots) <= positions
-  if n == k:
-    return dense(q, keys, values, seen[:, None])
-  # As `dense`, but a CPU multiplies the many keys with the few queries that share them nearly
-  # twice as fast as the queries with the keys.
-  q = q.reshape(b, k, n // k, h)
-  scores = jnp.einsum("bkch,bkgh->bkcg", keys, q, preferred_element_type=jnp.float32)
-  weights = _softmax(scores, seen[:, None, :, None], h, axis=2).astype(values.dtype)
-  return jnp.einsum("bkcg,bkch->bkgh", weights, values).reshape(b, 1, n, h)
+  seen = jnp.arange(keys.shape[2]) <= positions
+  return dense(q, keys, values, seen[:, None])
 
 
 def trie_blocks(trie: Trie) -> TrieBlocks:
@@ -168,22 +177,26 @@ def _exact(x: jax.Array) -> jax.Array:
 def dense(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
   """Grouped-query attention with float32 softmax.
 
+  Weights are divided by their sum when the values are added up, which are fewer.
+
   Args:
     q: [B, T, N, H]; keys, values: [B, K, C, H]; mask: bool[B, T, C], True where seen.
   Returns: [B, T, N, H].
   """
   b, t, n, h = q.shape
-  k = keys.shape[1]
-  q = q.reshape(b, t, k, n // k, h)
-  scores = jnp.einsum("btkgh,bkch->bkgtc", q, keys, preferred_element_type=jnp.float32)
-  weights = _softmax(scores, mask[:, None, None], h, axis=-1).astype(values.dtype)
-  return jnp.einsum("bkgtc,bkch->btkgh", weights, values).reshape(b, t, n, h)
-
-
-def _softmax(scores: jax.Array, mask: jax.Array, width: int, axis: int) -> jax.Array:
-  """Weights of what is seen, from products f32 of queries and keys of `width` channels."""
-  scores = jnp.where(mask, scores * width**-0.5, jnp.finfo(jnp.float32).min)
-  return jax.nn.softmax(scores, axis=axis)
+  k, c = keys.shape[1:3]
+  # The M queries of each head of keys in one dimension: nothing large is in another order.
+  by_head = q.swapaxes(1, 2).reshape(b, k, -1, h)
+  scores = jnp.einsum("bkmh,bkch->bkmc", by_head, keys, preferred_element_type=jnp.float32)
+  scores = scores.reshape(b, k, -1, t, c) * h**-0.5
+  scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+  weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+  weights = weights.reshape(b, k, -1, c)
+  out = jnp.einsum(
+    "bkmc,bkch->bkmh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
+  )
+  out = out / jnp.sum(weights, axis=-1, keepdims=True)
+  return out.astype(values.dtype).reshape(b, n, t, h).swapaxes(1, 2)
 
 
 def splash(

@@ -88,8 +88,13 @@ def rotate(x: jax.Array, positions: jax.Array, frequency: np.ndarray) -> jax.Arr
 
 
 def _dense(features: int, name: str, x: jax.Array, use_bias: bool = False) -> jax.Array:
-  """A projection of the module that calls it, computed in the dtype of x."""
-  return nn.Dense(features, use_bias=use_bias, dtype=x.dtype, kernel_init=_INIT, name=name)(x)
+  """A projection of the module that calls it, computed in the dtype of x: [..., E].
+
+  As one matrix, because the gradient of a kernel over two dimensions of tokens makes a CPU copy
+  them into another order, element by element.
+  """
+  made = nn.Dense(features, use_bias=use_bias, dtype=x.dtype, kernel_init=_INIT, name=name)
+  return made(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
 
 
 class Attention(nn.Module):

@@ -15,6 +15,7 @@ A row's samples depend on its own key and context only: step t of a row draws wi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -30,6 +31,7 @@ from spo_jax.sharding import on_shards, row_parts
 from spo_jax.structs import KVCache, KVStore, Requests, Samples, Sampling
 
 _NONE = -1  # the request of an idle slot
+_LANES = 128  # of a TPU: blocks of the vocabulary are multiples of it
 
 
 class _Rows(struct.PyTreeNode):
@@ -77,7 +79,9 @@ def row_keys(key: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def draw(keys: jax.Array, logits: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
-  """Samples one token per row by the Gumbel-max trick.
+  """Samples one token per row: a block of the vocabulary by its share, then a token of the block.
+
+  Two uniform numbers per row, where Gumbel noise would take one for every token.
 
   Args:
     keys: key[B]; logits: f32[B, V].
@@ -87,15 +91,40 @@ def draw(keys: jax.Array, logits: jax.Array, sampling: Sampling) -> tuple[jax.Ar
   """
   greedy = sampling.temperature == 0
   scaled = logits / jnp.where(greedy, 1.0, sampling.temperature)
-  allowed = truncate(scaled, sampling) if sampling.truncate else scaled
-  noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(keys)
-  noisy = allowed + jnp.where(greedy, 0.0, noise)
-  # The first of the largest, as argmax would find it, whose loop a CPU cannot vectorise.
-  is_largest = noisy == jnp.max(noisy, axis=-1, keepdims=True)
-  last = logits.shape[-1] - 1
-  tokens = jnp.min(jnp.where(is_largest, jnp.arange(last + 1), last), axis=-1).astype(jnp.int32)
-  chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0]
-  return tokens, chosen - jax.nn.logsumexp(scaled, axis=-1)
+  largest = jnp.max(scaled, axis=-1, keepdims=True)
+  shares = jnp.exp(scaled - largest)
+  allowed = jnp.where(greedy, scaled == largest, shares)
+  if sampling.truncate:
+    allowed = jnp.where(jnp.isneginf(truncate(scaled, sampling)), 0, allowed)
+  # Uniform numbers are multiples of 2^-23; halfway to the next there is neither 0 nor 1. Greedy,
+  # 0 takes the first of those that are largest.
+  chance = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys) + 2**-24
+  tokens = _by_share(allowed, jnp.where(greedy, 0.0, chance))
+  chosen = jnp.take_along_axis(scaled - largest, tokens[:, None], axis=-1)[:, 0]
+  return tokens, chosen - jnp.log(jnp.sum(shares, axis=-1))
+
+
+def _by_share(shares: jax.Array, chance: jax.Array) -> jax.Array:
+  """Index i with probability shares[:, i] / sum: f32[B, V], f32[B, 2] below 1 -> i32[B]."""
+  rows, size = shares.shape
+  width = _LANES * math.ceil(math.sqrt(size) / _LANES)
+  blocks = jnp.pad(shares, ((0, 0), (0, -size % width))).reshape(rows, -1, width)
+  block = _passed(jnp.sum(blocks, axis=-1), chance[:, 0])
+  own = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+  return jnp.minimum(block * width + _passed(own, chance[:, 1]), size - 1)
+
+
+def _passed(shares: jax.Array, chance: jax.Array) -> jax.Array:
+  """The first index at which the running sum is beyond `chance` of the whole, i32[B].
+
+  Rounding may let the running sum move where nothing is added, so a share must be positive too.
+  """
+  running, possible = jnp.cumsum(shares, axis=-1), shares > 0
+  whole = jnp.max(jnp.where(possible, running, 0), axis=-1)
+  is_beyond = possible & (running > (chance * whole)[:, None])
+  # Not argmax, whose loop a CPU cannot vectorise.
+  last = shares.shape[-1] - 1
+  return jnp.min(jnp.where(is_beyond, jnp.arange(last + 1, dtype=jnp.int32), last), axis=-1)
 
 
 def truncate(logits: jax.Array, sampling: Sampling) -> jax.Array:

@@ -139,10 +139,11 @@ def test_a_row_grown_from_pieces_equals_one_prefilled_anew():
   token = contexts[np.arange(B), prefix - 1]
   key = jax.random.key(9)
   pieces = requests([row % P, row], [0, length - 1], prefix, token)
-  grown, grown_store, _ = grow((prefilled(), own), pieces, NO_END, key)
+  hot = tiny.sampling(temperature=4.0, end_ids=())
+  grown, grown_store, _ = grow((prefilled(), own), pieces, hot, key)
   anew = sampler.prefill(CONFIG, tiny.params(), contexts, prefix)
   whole = requests([np.arange(B)], [0], prefix, token)
-  expected, expected_store, _ = grow((anew,), whole, NO_END, key)
+  expected, expected_store, _ = grow((anew,), whole, hot, key)
   np.testing.assert_array_equal(grown.tokens, expected.tokens)
   close(grown.logprobs, expected.logprobs)
   jax.tree.map(close, grown_store, expected_store)
@@ -341,6 +342,39 @@ def test_sampled_pairs_of_tokens_match_the_softmax(temperature, top_p, top_k):
   observed, expected = (np.append(x[~rare], x[rare].sum()) for x in (observed, expected))
   used = expected > 0
   assert scipy.stats.chisquare(observed[used], expected[used]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("size", [5, 128, 300, 40_000])  # of one block, and of several
+def test_tokens_are_drawn_by_their_probability(size):
+  rows = 20_000 if size < 1000 else 400
+  scores = 2 * np.random.default_rng(size).normal(size=size).astype(np.float32)
+  keys = jax.random.split(KEY, rows)
+  tokens, logprobs = jax.jit(sampler.draw)(
+    keys, jnp.broadcast_to(scores, (rows, size)), tiny.sampling(temperature=1.5)
+  )
+  expected = scipy.special.log_softmax(scores.astype(np.float64) / 1.5)
+  close(logprobs, expected[tokens], 1e-5)
+  # Groups of about equal probability: of likely and of rare tokens, and of neighbours.
+  for order in (np.argsort(scores), np.arange(size)):
+    group = np.empty(size, int)
+    group[order] = np.minimum(np.cumsum(np.exp(expected[order])) * 5, 4).astype(int)
+    share = np.bincount(group, np.exp(expected), minlength=5)
+    observed = np.bincount(group[tokens], minlength=5)
+    assert scipy.stats.chisquare(observed[share > 0], share[share > 0] * rows).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("chance", [2**-24, 0.5, 1 - 2**-24])
+def test_only_tokens_of_some_probability_are_drawn(chance):
+  """At either end of a block, alone in one, between thousands that are too small to count."""
+  shares = np.zeros((6, 1000), np.float32)
+  for row, wanted in enumerate([[0], [999], [127, 128], [500], [0, 999], [383, 384, 640]]):
+    shares[row, wanted] = 1 + row / 3
+  numbers = np.full((6, 2), chance, np.float32)
+  token = jax.jit(sampler._by_share)(shares, numbers)
+  assert (shares[np.arange(6), token] > 0).all()
+  tiny_ones = np.full((1, 1000), 1e-30, np.float32)
+  tiny_ones[0, [3, 700]] = 1
+  assert jax.jit(sampler._by_share)(tiny_ones, numbers[:1])[0] in (3, 700)
 
 
 @few
