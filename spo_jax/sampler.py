@@ -31,7 +31,7 @@ from spo_jax.sharding import on_shards, row_parts
 from spo_jax.structs import KVCache, KVStore, Requests, Samples, Sampling
 
 _NONE = -1  # the request of an idle slot
-_LANES = 128  # of a TPU: blocks of the vocabulary are multiples of it
+_PARTS = 128  # of the vocabulary, where it can be divided so
 
 
 class _Rows(struct.PyTreeNode):
@@ -107,11 +107,17 @@ def draw(keys: jax.Array, logits: jax.Array, sampling: Sampling) -> tuple[jax.Ar
 def _by_share(shares: jax.Array, chance: jax.Array) -> jax.Array:
   """Index i with probability shares[:, i] / sum: f32[B, V], f32[B, 2] below 1 -> i32[B]."""
   rows, size = shares.shape
-  width = _LANES * math.ceil(math.sqrt(size) / _LANES)
-  blocks = jnp.pad(shares, ((0, 0), (0, -size % width))).reshape(rows, -1, width)
+  # What the devices of a `tensor` axis have of the vocabulary is a number of whole parts.
+  parts = math.gcd(size, _PARTS)
+  part = size // parts
+  count = math.ceil(part / math.isqrt(size))
+  width = math.ceil(part / count)
+  filled = jnp.pad(shares.reshape(rows, parts, part), ((0, 0), (0, 0), (0, count * width - part)))
+  blocks = filled.reshape(rows, parts * count, width)
   block = _passed(jnp.sum(blocks, axis=-1), chance[:, 0])
   own = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-  return jnp.minimum(block * width + _passed(own, chance[:, 1]), size - 1)
+  index = block // count * part + block % count * width + _passed(own, chance[:, 1])
+  return jnp.minimum(index, size - 1)
 
 
 def _passed(shares: jax.Array, chance: jax.Array) -> jax.Array:

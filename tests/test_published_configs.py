@@ -48,14 +48,14 @@ ROWS = {
 # A random model solves nothing; that a few of its responses come to an end is the signal here.
 SMALLER = [
   "train.iterations=1", "train.batch_rows=4", "train.micro_batch_rows=2", "rollout.questions=2",
-  "rollout.max_prompt_tokens=256", "rollout.max_response_tokens=24", "eval.problems=4",
+  "rollout.max_prompt_tokens=256", "rollout.max_response_tokens=48", "eval.problems=4",
   "eval.validation_problems=4", "task.unfinished_penalty=1",
 ]  # fmt: skip
 SMALLER_BY_ALGORITHM = {
-  "chain": ["rollout.samples=2", "rollout.rows=8", "spo.continuations=2"],
+  "chain": ["rollout.samples=2", "rollout.rows=8", "spo.continuations=4"],
   "tree": ["spo.branch_factors=[2,2,2]", "spo.segment_tokens=4", "rollout.rows=8",
            "spo.edges_per_iteration=8"],
-  "grpo": ["rollout.samples=4", "rollout.rows=8"],
+  "grpo": ["rollout.samples=8", "rollout.rows=16"],
 }  # fmt: skip
 
 

@@ -41,31 +41,35 @@ def uniform():
   return jax.tree.map(np.zeros_like, tiny.params())
 
 
-def flat(engine):
-  rollouts.flat(engine, uniform(), tiny.prompts(64), 8, KEY)
+def flat(engine, key):
+  rollouts.flat(engine, uniform(), tiny.prompts(64), 8, key)
 
 
-def chain(engine):
-  rollouts.chain(engine, uniform(), tiny.prompts(32), 2, 3, 0.4, 4, KEY)
+def chain(engine, key):
+  rollouts.chain(engine, uniform(), tiny.prompts(32), 2, 3, 0.4, 4, key)
 
 
-def tree(engine):
-  rollouts.tree(engine, uniform(), tiny.prompts(32), (2, 8), 1, KEY)
+def tree(engine, key):
+  rollouts.tree(engine, uniform(), tiny.prompts(32), (2, 8), 1, key)
 
 
 @pytest.mark.parametrize("rollout", [flat, chain, tree])
 def test_slots_do_useful_work_on_lengths_as_spread_as_real_ones(rollout):
   """Geometric lengths: of N rows in S slots the last ones leave slots idle, as long as the
   longest of S takes longer than their mean: useful = N / (N + S (H_S - 1)), H_16 = 3.38."""
-  engine = Watched(GEOMETRIC, SLOTS, LONGEST)
-  rollout(engine)
-  useful, rows = engine.useful[-1]
-  assert 14 * SLOTS <= rows < 33 * SLOTS
-  assert useful >= 0.85
+  last = []
+  for key in jax.random.split(KEY, 4):
+    engine = Watched(GEOMETRIC, SLOTS, LONGEST)
+    rollout(engine, key)
+    last.append(engine.useful[-1])
+    counts, _ = engine.take_counts()
+    assert (counts["prefilled"] + counts["decoded"]) / counts["unique"] <= 1.02
+  useful, rows = np.transpose(last)
+  assert (14 * SLOTS <= rows).all() and (rows < 33 * SLOTS).all()
+  assert useful.min() >= 0.85
   harmonic = sum(1 / s for s in range(1, SLOTS + 1))
-  assert useful == pytest.approx(rows / (rows + SLOTS * (harmonic - 1)), abs=0.05)
-  counts, _ = engine.take_counts()
-  assert (counts["prefilled"] + counts["decoded"]) / counts["unique"] <= 1.02
+  expected = rows / (rows + SLOTS * (harmonic - 1))
+  assert useful.mean() == pytest.approx(expected.mean(), abs=0.03)
 
 
 def test_a_tree_of_six_branches_holds_hardly_more_keys_and_values_than_distinct_tokens():

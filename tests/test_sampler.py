@@ -344,7 +344,7 @@ def test_sampled_pairs_of_tokens_match_the_softmax(temperature, top_p, top_k):
   assert scipy.stats.chisquare(observed[used], expected[used]).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("size", [5, 128, 300, 40_000])  # of one block, and of several
+@pytest.mark.parametrize("size", [2, 5, 128, 300, 331, 40_000])  # blocks of one, and of many
 def test_tokens_are_drawn_by_their_probability(size):
   rows = 20_000 if size < 1000 else 400
   scores = 2 * np.random.default_rng(size).normal(size=size).astype(np.float32)

@@ -83,7 +83,7 @@ def gradient(*args, **kwargs):
   return update(*args, **kwargs)[0].opt_state
 
 
-def assert_close(actual, expected, tolerance=1e-6):
+def assert_close(actual, expected, tolerance=3e-6):
   """Equal but for rounding, which is as large as the norm of everything makes it."""
   rounding = tolerance * max(1, float(optax.tree.norm(expected)))
   jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=rounding), actual, expected)
@@ -162,7 +162,7 @@ def test_loss_and_gradient_are_those_of_the_whole_batch_at_once(train):
   state, metrics = update(train, random_rows())
   parts, expected = written_down(train, random_rows())
   assert_close(state.opt_state, expected)
-  assert_close((metrics["loss/policy"], metrics["loss/kl"]), parts, 1e-5)
+  assert_close((metrics["loss/policy"], metrics["loss/kl"]), parts)
   assert_close(metrics["loss/gradient_norm"], optax.tree.norm(expected), 1e-5)
   assert state.step == 1
 
