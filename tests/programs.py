@@ -1,8 +1,9 @@
-"""How tests look into an update: the gradient it takes, what it is traced to, on 8 devices too."""
+"""How tests look into a program: the gradient it takes, what it is traced to, what it sends."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,14 @@ def arrays_in(jaxpr):
 
 def count_matmuls(jaxpr):
   return sum(equation.primitive.name == "dot_general" for equation in equations_of(jaxpr))
+
+
+def collectives(text):
+  """Everything that a compiled program sends: its kind and the shape of each array."""
+  kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+  for made, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
+    for shape in re.findall(r"\w\[([\d,]*)\]", made):
+      yield kind, [int(n) for n in shape.split(",") if n]
 
 
 def printed_on_eight_devices(module):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -22,7 +21,7 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import jax.numpy as jnp
 import numpy as np
-from programs import KEEP_GRADIENT
+from programs import KEEP_GRADIENT, collectives
 
 from spo_jax import algorithms, head, sampler, sharding
 from spo_jax.config import load
@@ -35,7 +34,7 @@ MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2), (2, 1, 4))
 RESHARDED = (1, 8, 1), (4, 1, 2)  # meshes of training and of rollouts
 SETTINGS = [
   "model.hidden_size=32", "model.intermediate_size=64", "model.num_layers=1", "model.num_heads=4",
-  "model.num_kv_heads=4", "model.tie_embeddings=false", "model.qkv_bias=true",
+  "model.num_kv_heads=4", "model.head_dim=24", "model.tie_embeddings=false", "model.qkv_bias=true",
   "model.tokenizer_tokens=264", "task.name=countdown", "task.prompt=plain",
   "task.unfinished_penalty=1", "spo.threshold=0.9", "spo.interval=8", "spo.continuations=2",
   "spo.branch_factors=[2,2]", "spo.segment_tokens=4", "spo.edges_per_iteration=16",
@@ -90,7 +89,7 @@ def run(
       update = policy_update.lower(
         experiment.model_config, config.train, KEEP_GRADIENT, *arguments
       ).compile()
-      facts[name] = collectives(update.as_text())
+      facts[name] = list(collectives(update.as_text()))
       new_state, metrics = update(*arguments)
       keep(name, (metrics, new_state.opt_state))
     facts["bytes_after"] = bytes_per_device(new_state)
@@ -111,7 +110,7 @@ def rollout_collectives(experiment, params) -> dict[str, object]:
       slots=16, width=44, max_tokens=4, keep=True,
     )  # fmt: skip
     programs = {"prefill": prefill.compile(), "grow": grow.compile()}
-  return {name: collectives(program.as_text()) for name, program in programs.items()}
+  return {name: list(collectives(program.as_text())) for name, program in programs.items()}
 
 
 def bytes_per_device(tree) -> list[int]:
@@ -120,13 +119,6 @@ def bytes_per_device(tree) -> list[int]:
     for shard in leaf.addressable_shards:
       held[shard.device] += shard.data.nbytes
   return list(held.values())
-
-
-def collectives(text: str) -> list[tuple[str, list[int]]]:
-  """Every collective of a compiled program: its kind and the shape that it makes."""
-  kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-  found = re.findall(rf"= \w+\[([\d,]*)\][^ ]* ({kinds})\(", text)
-  return [(kind, [int(n) for n in shape.split(",") if n]) for shape, kind in found]
 
 
 if __name__ == "__main__":

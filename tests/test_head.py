@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from functools import partial
 
 import jax
@@ -16,7 +15,7 @@ import tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from programs import arrays_in, printed_on_eight_devices
+from programs import arrays_in, collectives, printed_on_eight_devices
 
 from spo_jax import head as under_test
 from spo_jax import model, sharding
@@ -291,14 +290,6 @@ def test_no_program_of_a_tied_model_turns_its_embedding_over():
 def test_on_meshes_logprobs_and_gradients_are_the_same_and_no_head_is_gathered():
   names = ["8x1x1", "1x8x1", "2x1x4", "2x2x2", "1x1x8"]
   assert printed_on_eight_devices("test_head") == names
-
-
-def collectives(text):
-  """Kind and shape of everything that a compiled program sends."""
-  kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-  for made, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
-    for shape in re.findall(r"\w\[([\d,]+)\]", made):
-      yield kind, [int(n) for n in shape.split(",")]
 
 
 def check_meshes():
