@@ -59,7 +59,7 @@ def compile_program(model: str, topology: str, name: str, notes: Path) -> None:
 def measure(model: str, topology: str, name: str, out: Path) -> dict[str, Any]:
   """Bytes of a chip, bytes sent by kind, and seconds at the chip's peaks."""
   notes = out / f"{model} {topology} {name}".translate(str.maketrans(" :,", "_-_"))
-  file = notes.with_suffix(".json")
+  file = notes.parent / f"{notes.name}.json"
   if file.exists():
     return dict(json.loads(file.read_text()))
   shutil.rmtree(notes, ignore_errors=True)
@@ -79,7 +79,7 @@ def measure(model: str, topology: str, name: str, out: Path) -> dict[str, Any]:
   assert chip is not None
   allocated = {
     name: float(number) * _UNITS[unit]
-    for name, number, unit in re.findall(r" ([\w ]+) allocation: +([\d.]+)(\w+)\n", log)
+    for name, number, unit in re.findall(r"(\w+) allocation: +([\d.]+)(\w+)\n", log)
   }
   found = {
     "peak": allocated["parameter"] + _temporaries(log) + known["beside"],
