@@ -1,4 +1,4 @@
-"""What the TPU compiler says of the published runs: the tables of docs/benchmarks.md.
+"""What `spo_jax.plan` says of the published runs, as tables (plan_whole.py: those of the docs).
 
   python benchmarks/plan.py [--out runs/plan] [--only TEXT] [--limit SECONDS] [--exact]
 

@@ -20,7 +20,7 @@ from spo_jax.model import count_params
 from spo_jax.plan import costs
 from spo_jax.plan.chips import CHIPS, parse_topology
 from spo_jax.plan.collectives import collective_bytes
-from spo_jax.plan.compiling import Measured, extrapolate
+from spo_jax.plan.compiling import Measured, assigned_bytes, extrapolate
 from spo_jax.plan.costs import Split
 from spo_jax.plan.fitting import Line, Plan, next_change, share_out, with_settings
 from spo_jax.plan.programs import Program
@@ -334,6 +334,16 @@ def test_time_at_best_is_that_of_the_scarcest_resource():
 def test_what_waits_on_the_chip_beside_a_program_counts():
   assert line(90, beside=11).peak == 101
   assert not plan_of(CONFIG, (1, 8, 1), line(90, beside=11)).fits
+
+
+def test_temporaries_are_the_first_heap_of_the_last_program_that_libtpu_talks_of():
+  """Behind it come those of other memories; what is no talk of buffers says nothing."""
+  heap = "I1126 buffer_assignment.cc:2521] Result size from heap simulator: "
+  other = f"] Assigning buffers to module jit_f\n{heap}1000\n"
+  said = f"{other}] Assigning buffers to module jit_g\n{heap}2792095744\n{heap}176\n{heap}4096\n"
+  assert assigned_bytes(said) == 2792095744
+  assert assigned_bytes(other + "] Assigning buffers to module jit_g\n") == 0
+  assert assigned_bytes("") == 0
 
 
 def test_extrapolation_is_a_straight_line():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
 import os
 import re
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +22,11 @@ from spo_jax.plan.collectives import collective_bytes
 from spo_jax.plan.programs import Program
 
 SMALL = (2, 4)  # layers of the versions from which the whole model is extrapolated
+
+# What libtpu says of the buffers that it assigns, on stderr; only read when it is first loaded.
+_TALK = {
+  "TPU_MIN_LOG_LEVEL": "0", "TPU_STDERR_LOG_LEVEL": "0", "TPU_VMODULE": "buffer_assignment=1",
+}  # fmt: skip
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -42,10 +49,14 @@ def described_devices(topology: Topology) -> list[jax.Device]:
     )
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks no cloud which machine this is
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no lock: no chip is opened
+  for name, value in _TALK.items():
+    os.environ.setdefault(name, value)
   from jax.experimental import topologies
 
   try:
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices)
+    with _stderr():
+      described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name)
+    return list(described.devices)
   except Exception as error:  # of libtpu, which names no type
     said = " ".join(str(error).split())[:200]
     raise ConfigError(f"--topology {topology.name} is not known to libtpu: {said}") from error
@@ -98,21 +109,49 @@ class Compiler:
 def _compiled(lowered: Any, layers: int, turns: Mapping[str, int]) -> Measured:
   started = time.perf_counter()
   try:
-    compiled = lowered.compile()
+    with _stderr() as said:
+      compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     return _refused(error, time.perf_counter() - started, layers)
   seconds = time.perf_counter() - started
   memory = compiled.memory_analysis()
+  temporaries = assigned_bytes("".join(said)) or memory.temp_size_in_bytes
   return Measured(
-    peak=memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    peak=memory.argument_size_in_bytes + temporaries
     + memory.output_size_in_bytes - memory.alias_size_in_bytes
     + memory.generated_code_size_in_bytes,
-    temporaries=memory.temp_size_in_bytes,
+    temporaries=temporaries,
     collectives=collective_bytes(compiled.as_text(), turns),
     seconds=seconds,
     compiled=(layers,),
-    points=(memory.temp_size_in_bytes,),
+    points=(temporaries,),
   )  # fmt: skip
+
+
+def assigned_bytes(said: str) -> int:
+  """Of a TPU's temporaries, from what libtpu said; 0 where it said nothing.
+
+  `memory_analysis()` of a TPU counts what is lost between buffers twice, which can be gigabytes.
+  """
+  last = said.rpartition("Assigning buffers to module")[2]
+  found = re.search(r"Result size from heap simulator: (\d+)", last)  # the first heap is HBM's
+  return int(found[1]) if found else 0
+
+
+@contextlib.contextmanager
+def _stderr() -> Iterator[list[str]]:
+  """What is written to stderr meanwhile, by native code too."""
+  said: list[str] = []
+  shown = os.dup(2)
+  with tempfile.TemporaryFile("w+", errors="replace") as file:
+    os.dup2(file.fileno(), 2)
+    try:
+      yield said
+    finally:
+      os.dup2(shown, 2)
+      os.close(shown)
+      file.seek(0)
+      said.append(file.read())
 
 
 def extrapolate(found: list[Measured], layers: int, per_layer: float = 0) -> Measured:
