@@ -363,6 +363,28 @@ def test_tokens_are_drawn_by_their_probability(size):
     assert scipy.stats.chisquare(observed[share > 0], share[share > 0] * rows).pvalue > 1e-3
 
 
+def test_of_equal_largest_logits_greedy_takes_the_first():
+  scores = np.zeros((3, 400), np.float32)
+  for row, largest in enumerate([[7, 8, 390], [399], [128, 256]]):
+    scores[row, largest] = 2
+  for seed in range(5):
+    tokens, _ = sampler.draw(jax.random.split(jax.random.key(seed), 3), scores, tiny.sampling(0.0))
+    assert tokens.tolist() == [7, 399, 128]
+
+
+def test_rounding_of_the_running_sum_lets_no_forbidden_token_in(monkeypatch):
+  """A device that adds up in another order moves the sum where nothing is added."""
+  rng = np.random.default_rng(0)
+  noise = (1 + 1e-3 * rng.normal(size=(400, 1500))).astype(np.float32)
+  cumsum = jnp.cumsum
+  monkeypatch.setattr(jnp, "cumsum", lambda x, axis: cumsum(x, axis) * noise)
+  shares = rng.exponential(size=(400, 1500)).astype(np.float32)
+  shares *= rng.random(shares.shape) < 0.02
+  for chance in rng.random((5, 400)).astype(np.float32) * (1 - 2**-24):
+    token = np.asarray(sampler._passed(shares, chance))
+    assert (shares[np.arange(400), token] > 0).all()
+
+
 @pytest.mark.parametrize("chance", [2**-24, 0.5, 1 - 2**-24])
 def test_only_tokens_of_some_probability_are_drawn(chance):
   """At either end of a block, alone in one, between thousands that are too small to count."""

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 import tiny
 from programs import KEEP_GRADIENT, equations_of
 
@@ -138,3 +139,19 @@ def test_bfloat16_is_for_matrix_products_and_float32_for_all_that_is_summed_up()
   loops = [equation for equation in equations_of(update) if equation.primitive.name == "while"]
   carried = {str(v.aval.dtype) for loop in loops for v in loop.outvars}
   assert loops and "bfloat16" not in carried  # gradients are added up in float32
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 0.02)])
+def test_a_projection_has_the_gradient_of_a_matrix_product(dtype, tolerance):
+  rng = np.random.default_rng(0)
+  x, kernel, weights = (
+    jnp.asarray(rng.normal(size=shape), dtype) for shape in ((2, 3, 5), (5, 7), (2, 3, 7))
+  )
+
+  def gradient(product):
+    return jax.grad(lambda x, kernel: (product(x, kernel) * weights).sum(), (0, 1))(x, kernel)
+
+  for ours, expected in zip(gradient(model._product), gradient(jnp.matmul), strict=True):
+    assert ours.dtype == expected.dtype == dtype
+    ours, expected = (np.asarray(g, np.float32) for g in (ours, expected))
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=tolerance * np.abs(expected).max())
