@@ -27,7 +27,7 @@ from spo_jax import sharding
 from spo_jax.config import config_at, load
 from spo_jax.plan.chips import GIB, parse_topology
 from spo_jax.plan.collectives import collective_bytes
-from spo_jax.plan.compiling import described_devices
+from spo_jax.plan.compiling import assigned_bytes, described_devices
 from spo_jax.plan.programs import Program, Programs
 from spo_jax.plan.shapes import model_shape
 
@@ -66,7 +66,7 @@ def measure(model: str, topology: str, name: str, out: Path) -> dict[str, Any]:
   notes.mkdir(parents=True)
   kept = os.environ.get("LIBTPU_INIT_ARGS", "")
   environment = os.environ | {
-    "TPU_LOG_DIR": str(notes), "TPU_MIN_LOG_LEVEL": "0", "TPU_VMODULE": "buffer_assignment=1",
+    "TPU_LOG_DIR": str(notes),  # `described_devices` makes libtpu talk of its buffers
     "LIBTPU_INIT_ARGS": f"{kept} --xla_jf_dump_to={notes} --xla_jf_dump_hlo_text=true",
   }  # fmt: skip
   run = [sys.executable, __file__, "--compile", model, topology, name, str(notes)]
@@ -81,9 +81,10 @@ def measure(model: str, topology: str, name: str, out: Path) -> dict[str, Any]:
     name: float(number) * _UNITS[unit]
     for name, number, unit in re.findall(r"(\w+) allocation: +([\d.]+)(\w+)\n", log)
   }
+  temporaries = assigned_bytes(log)
   found = {
-    "peak": allocated["parameter"] + _temporaries(log) + known["beside"],
-    "temporaries": _temporaries(log), "collective_bytes": sent, "tokens": known["tokens"],
+    "peak": allocated["parameter"] + temporaries + known["beside"],
+    "temporaries": temporaries, "collective_bytes": sent, "tokens": known["tokens"],
     "LIBTPU_INIT_ARGS": kept,
     "seconds": {
       "compute": known["flops"] / chip.flops, "memory": known["bytes"] / chip.hbm_bandwidth,
@@ -93,12 +94,6 @@ def measure(model: str, topology: str, name: str, out: Path) -> dict[str, Any]:
   file.write_text(json.dumps(found))
   shutil.rmtree(notes)
   return found
-
-
-def _temporaries(log: str) -> float:
-  """Bytes; the first heap that is simulated is that of HBM."""
-  sizes = re.findall(r"Result size from heap simulator: (\d+)", log)
-  return float(sizes[0])
 
 
 def _wait(compiling: subprocess.Popen[bytes], notes: Path) -> tuple[str, str]:
