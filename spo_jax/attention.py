@@ -1,7 +1,8 @@
 """Attention, with the kernel of each platform behind one function.
 
-`dense` is the definition, and what runs on a CPU and in decoding. Over whole rows a TPU runs
-Pallas splash attention and an NVIDIA GPU cuDNN's: neither makes an array of scores.
+`dense` is the definition, and what runs on a CPU and where a TPU decodes. Over whole rows a TPU
+runs Pallas splash attention and an NVIDIA GPU cuDNN's: neither makes an array of scores. A GPU
+decodes with `flash_decode`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from spo_jax.config import ConfigError
+from spo_jax.flash_decode import flash_decode
 from spo_jax.sharding import activation, constrain
 from spo_jax.structs import Trie
 
@@ -25,7 +27,7 @@ _QUERIES = 128  # of a block of a pack, at most
 _CAUSAL_QUERIES = 64  # of a block of a row, at least
 _MOST_BLOCKS = 8  # of a row: each is compiled by itself
 
-Kernel = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Kernel = Callable[..., jax.Array]  # of q, keys, values and what else it needs of each row
 
 
 class TrieBlocks(NamedTuple):
@@ -81,14 +83,18 @@ def _causal_blocks(
 
 
 def cache_attention(
-  q: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
+  q: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array, asked: str = "auto"
 ) -> jax.Array:
-  """The query of every row sees the slots of its cache up to its own position; on all platforms.
+  """The query of every row sees the slots of its cache up to its own position.
 
   Args:
     q: [B, 1, N, H]; keys, values: [B, K, C, H]; positions: i32[B, 1] of the queries.
+    asked: model.attention.
   Returns: [B, 1, N, H].
   """
+  on_gpu = kernel_for(asked, q.dtype, q.shape[-1]) == "cudnn"
+  if on_gpu and q.shape[-1].bit_count() == 1 and _copies(q, keys) == 1:
+    return _on_every_device(flash_decode, q, keys, values, positions)
   seen = jnp.arange(keys.shape[2]) <= positions
   return dense(q, keys, values, seen[:, None])
 
@@ -262,20 +268,26 @@ def kernel_for(asked: str, dtype: jax.typing.DTypeLike, width: int) -> str:
   return asked
 
 
+def _copies(q: jax.Array, keys: jax.Array) -> int:
+  """How often keys are copied, so that `tensor` divides their heads as it does those of `q`."""
+  mesh = jax.sharding.get_abstract_mesh()
+  heads, group, shards = keys.shape[1], q.shape[2] // keys.shape[1], mesh.shape.get("tensor", 1)
+  return next((c for c in range(1, group + 1) if not (group % c or heads * c % shards)), 1)
+
+
 def _on_every_device(
-  kernel: Kernel, q: jax.Array, keys: jax.Array, values: jax.Array
+  kernel: Kernel, q: jax.Array, keys: jax.Array, values: jax.Array, *of_rows: jax.Array
 ) -> jax.Array:
   """Each device runs the kernel on its own rows and heads: the partitioner cannot look inside."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
-    return kernel(q, keys, values)
-  # Where `tensor` divides the heads, but not those of the keys, keys are copied until it does.
-  heads, group, shards = keys.shape[1], q.shape[2] // keys.shape[1], mesh.shape.get("tensor", 1)
-  copies = next((c for c in range(1, group + 1) if not (group % c or heads * c % shards)), 1)
-  if copies > 1:
+    return kernel(q, keys, values, *of_rows)
+  if (copies := _copies(q, keys)) > 1:
     keys, values = (jnp.repeat(x, copies, axis=1) for x in (keys, values))
-  rows = activation("heads", q.shape, mesh).spec
+  heads = activation("heads", q.shape, mesh).spec
   cached = activation("cache", keys.shape, mesh).spec
+  rows = jax.sharding.PartitionSpec(heads[0])
   return jax.shard_map(
-    kernel, in_specs=(rows, cached, cached), out_specs=rows, check_vma=False
-  )(q, keys, values)  # fmt: skip
+    kernel, in_specs=(heads, cached, cached, *(rows for _ in of_rows)), out_specs=heads,
+    check_vma=False,
+  )(q, keys, values, *of_rows)  # fmt: skip

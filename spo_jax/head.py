@@ -19,7 +19,8 @@ from spo_jax.sharding import constrain, row_parts
 # Up to here every position is scored, as the recipes for small vocabularies were measured.
 SMALL_VOCABULARY = 512
 _CHUNK_LOGITS = 2**27  # logits held at once, 512 MiB of float32
-_FEWEST_TOKENS = 48  # of a chunk: each reads the whole head and adds to its whole gradient
+_TILE = 16  # what units of matrices take at once: sizes of products are multiples of it
+_FEWEST_TILES = 3  # of a chunk: each reads the whole head and adds to its whole gradient
 _BLOCK = 2**23  # numbers of its gradient that are added at once, 32 MiB of float32 a device
 
 
@@ -27,9 +28,10 @@ def project(hidden: jax.Array, head: jax.Array, tied: bool = False) -> jax.Array
   """Logits f32[..., V] of hidden [..., E], from the head as it is stored.
 
   Args:
-    head: [E, V], or the embedding [V, E] where it is `tied`: no transposed copy is made of it.
+    head: [E, V], or the embedding [V, E] where it is `tied`: no transposed copy is made of it. Its
+      numbers are rounded to the type of `hidden`, sums are float32.
   """
-  return _einsum("...e,ve->...v" if tied else "...e,ev->...v", hidden, head)
+  return _einsum("...e,ve->...v" if tied else "...e,ev->...v", hidden, head.astype(hidden.dtype))
 
 
 def token_logprobs(
@@ -91,7 +93,7 @@ def chunked_logprobs(
   def score(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
     states, labels = inputs
     logits = jnp.einsum(
-      "bte,ev->btv", states, weights.astype(head.dtype), preferred_element_type=jnp.float32
+      "bte,ev->btv", states, weights.astype(states.dtype), preferred_element_type=jnp.float32
     )
     logits = logits / temperature
     chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
@@ -119,7 +121,7 @@ def packed_logprobs(
 
   Args:
     chunk_tokens: positions of one chunk, on every part. None: a sixteenth of a part, at least
-      48, and at most as many as make 2^27 logits.
+      48, and at most as many as make 2^27 logits; a multiple of 16.
   Raises: ValueError if `chunk_tokens` is below 1.
   """
   _check(hidden, head, targets, chunk_tokens)
@@ -131,7 +133,8 @@ def packed_logprobs(
   parts = row_parts(rows)
   positions = rows * length // parts
   if chunk_tokens is None:
-    chunk_tokens = min(max(positions // 16, _FEWEST_TOKENS), _CHUNK_LOGITS // vocabulary)
+    tiles = max(-(-positions // (16 * _TILE)), _FEWEST_TILES)
+    chunk_tokens = _TILE * min(tiles, _CHUNK_LOGITS // (vocabulary * _TILE))
   chunk = max(1, min(chunk_tokens, positions))
   hidden, targets, mask = (
     constrain(x.reshape(parts, positions, *x.shape[2:]), "rows")
@@ -179,7 +182,7 @@ def _forward(
   tied: bool,
 ) -> tuple[jax.Array, Any]:
   chunks, order = _order(mask, chunk)
-  weights = constrain(head, "tied_head" if tied else "head")
+  weights = _weights(head, hidden, tied)
 
   def add(i: jax.Array, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     at = _slice(order, i, chunk)
@@ -199,7 +202,7 @@ def _forward(
 def _backward(chunk: int, tied: bool, saved: Any, cotangent: jax.Array) -> tuple[Any, ...]:
   hidden, head, targets, mask, temperature, largest, log_total = saved
   chunks, order = _order(mask, chunk)
-  weights = constrain(head, "tied_head" if tied else "head")
+  weights = _weights(head, hidden, tied)
   count = jnp.sum(mask, axis=1, keepdims=True)
 
   def add(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -212,8 +215,9 @@ def _backward(chunk: int, tied: bool, saved: Any, cotangent: jax.Array) -> tuple
     is_target = jnp.arange(scaled.shape[-1]) == labels[..., None]
     high, rest = (_slice(x, i, chunk)[..., None] for x in (largest, log_total))
     by_logit = scale * (is_target - jnp.exp(scaled - high - rest))
-    by_state = _write(by_state, project(by_logit, weights, not tied), i)
-    rows, columns = (by_logit, states) if tied else (states, by_logit)
+    rounded = by_logit.astype(hidden.dtype)
+    by_state = _write(by_state, project(rounded, weights, not tied), i)
+    rows, columns = (rounded, states) if tied else (states, rounded)
     by_head = constrain(_add_products(by_head, rows, columns, shards), layout)
     return by_state, by_head, by_temperature - jnp.sum(by_logit * scaled)
 
@@ -245,6 +249,11 @@ def _einsum(equation: str, *operands: jax.Array) -> jax.Array:
   return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
 
 
+def _weights(head: jax.Array, hidden: jax.Array, tied: bool) -> jax.Array:
+  """In the type of `hidden`, once for all chunks."""
+  return constrain(head.astype(hidden.dtype), "tied_head" if tied else "head")
+
+
 def _logits(states: jax.Array, weights: jax.Array, tied: bool) -> jax.Array:
   return constrain(project(states, weights, tied), "vocabulary")
 
@@ -266,7 +275,7 @@ def _add_products(sums: jax.Array, rows: jax.Array, columns: jax.Array, shards: 
   shape, own = sums.shape, count // shards
   sums = sums.reshape(parts, shards, own, width)
   rows = rows.reshape(*rows.shape[:2], shards, own)
-  block = max(1, min(_BLOCK // width, own))
+  block = min(max(_BLOCK // width // _TILE, 1) * _TILE, own)
 
   def add(i: jax.Array, sums: jax.Array) -> jax.Array:
     start = jnp.minimum(i * block, own - block)  # the last block begins within the one in front

@@ -149,7 +149,7 @@ class Attention(nn.Module):
     elif past is None:
       out = causal_attention(q, keys, values, is_token, c.attention)
     else:
-      out = cache_attention(q, keys, values, positions)
+      out = cache_attention(q, keys, values, positions, c.attention)
     out = constrain(out, "heads").reshape(*x.shape[:-1], -1)
     return _dense(c.hidden_size, "o_proj", out, use_bias=c.o_bias), (keys, values)
 
@@ -280,6 +280,15 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
   """Fresh float32 parameters."""
   one = jnp.zeros((1, 1), jnp.int32)
   return Decoder(config).init(key, one, one, jnp.ones((1, 1), bool))["params"]
+
+
+def rounded(config: ModelConfig, params: Params) -> Params:
+  """Parameters with matrices in the type in which they are multiplied.
+
+  A program that multiplies with them many times in a loop rounds them once: left in the loop,
+  that takes more time than the products on a GPU.
+  """
+  return jax.tree.map(lambda x: x.astype(config.compute_dtype) if x.ndim > 1 else x, params)
 
 
 def count_params(config: ModelConfig) -> int:

@@ -317,7 +317,7 @@ def grow(
       token of their context, and lacks their own last token.
   Returns: samples of all requests, their store or None, and slots x steps taken.
   """
-  count = len(requests.limit)
+  count, params = len(requests.limit), model.rounded(config, params)
   # Each shard has a queue of its own.
   limit = requests.limit.reshape(row_parts(count), -1)
   queue = _Queue(

@@ -16,7 +16,7 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 LEVELS = {
   0: "structs config tensorboard",
   1: "segments advantages losses sharding distributed layout compiles tasks tokenizer stops "
-  "metrics runlog",
+  "metrics runlog flash_decode",
   2: "attention head packs prompts queues",
   3: "model",
   4: "sampler hf",
