@@ -1,7 +1,8 @@
 """How near one GPU comes to its own peaks at the Qwen2.5-1.5B shape: bfloat16, random weights.
 
+    python benchmarks/gpu.py attention   # of one new token: share of the bandwidth of a copy
     python benchmarks/gpu.py update      # share of the FLOP/s of a large matrix product
-    python benchmarks/gpu.py decode      # share of the bandwidth of a copy
+    python benchmarks/gpu.py decode      # a whole step: share of the bandwidth of a copy
     XLA_PYTHON_CLIENT_MEM_FRACTION=.6 python benchmarks/gpu.py generate    # against Hugging Face
     python benchmarks/gpu.py tree        # a whole rollout, 6-6-6
 
@@ -27,7 +28,7 @@ import numpy as np
 import side_by_side
 from update_head import random_batch
 
-from spo_jax import hf, model, rollouts, sampler, sharding, update
+from spo_jax import attention, hf, model, rollouts, sampler, sharding, update
 from spo_jax.config import MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from spo_jax.hf.configs import config_json
 from spo_jax.plan import costs
@@ -66,6 +67,34 @@ def peaks(size: int) -> tuple[float, float]:
   return flops, copied
 
 
+def measure_attention(config: ModelConfig, options: argparse.Namespace) -> None:
+  """Both ways of attending to a cache, full and half full; layers of their own, so that none is
+  left in the chip's cache from the layer before."""
+  _, copied = peaks(options.peak)
+  layers, calls, width = 6, 8, model.head_width(config)
+  shape = (options.rows, config.num_kv_heads, options.context, width)
+  keys = jax.random.split(jax.random.key(0), 2 * layers)
+  caches = [jax.random.normal(key, shape, config.compute_dtype) for key in keys]
+  q = jax.random.normal(keys[0], (options.rows, 1, config.num_heads, width), config.compute_dtype)
+  for asked in ("xla", "auto"):
+
+    @jax.jit
+    def attend(q: jax.Array, caches: list[jax.Array], positions: jax.Array) -> jax.Array:
+      for keys, values in zip(caches[::2], caches[1::2]):
+        q += attention.cache_attention(q, keys, values, positions, asked)  # noqa: B023
+      return q
+
+    for filled in (options.context, options.context // 2):
+      positions = jnp.full((options.rows, 1), filled - 1)
+      took = seconds(lambda: [attend(q, caches, positions) for _ in range(calls)], options.repeat)  # noqa: B023
+      median = statistics.median(took) / calls / layers
+      rate = 2 * caches[0].nbytes * filled / options.context / median
+      print(
+        f"attention={asked}, {filled} of {options.context} slots filled: {median * 1e6:.0f} us a "
+        f"layer, {rate / 1e9:,.0f} GB/s of what is filled, {rate / copied:.3f} of the peak"
+      )
+
+
 def measure_update(config: ModelConfig, options: argparse.Namespace) -> None:
   """One update, all tokens in the mask, no reference."""
   flops, _ = peaks(options.peak)
@@ -74,7 +103,7 @@ def measure_update(config: ModelConfig, options: argparse.Namespace) -> None:
   optimizer = update.make_optimizer(OptimizerConfig(learning_rate=1e-6))
   mesh = sharding.make_mesh(MeshConfig())
   batch = sharding.place(random_batch(shape, config.vocab_size, 1.0), "micro_batches", mesh)
-  state = jax.jit(lambda: update.init_state(model.init_params(config, jax.random.key(0)), optimizer))()
+  state = jax.jit(lambda params: update.init_state(params, optimizer))(drawn_params(config))
 
   def step() -> Any:
     nonlocal state
@@ -109,8 +138,13 @@ def random_prompts(config: ModelConfig, rows: int, width: int) -> Prompts:
   return Prompts(tokens, np.full(rows, width, np.int32), np.arange(rows), (None,) * rows)
 
 
-def drawn_params(config: ModelConfig, engine: rollouts.Engine) -> Any:
-  return engine.place(jax.jit(lambda: model.init_params(config, jax.random.key(0)))())
+def drawn_params(config: ModelConfig) -> Any:
+  """Each leaf by itself: `init_params` of so many layers takes a minute to compile."""
+  shapes = jax.eval_shape(lambda: model.init_params(config, jax.random.key(0)))
+  draw = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape), static_argnums=1)
+  leaves, structure = jax.tree.flatten(shapes)
+  keys = jax.random.split(jax.random.key(0), len(leaves))
+  return structure.unflatten([draw(key, leaf.shape) for key, leaf in zip(keys, leaves)])
 
 
 def step_bytes(config: ModelConfig, rows: int, context: float) -> float:
@@ -125,7 +159,7 @@ def measure_decode(config: ModelConfig, options: argparse.Namespace) -> None:
   rows, new, few = options.rows, options.new, options.new // 4
   width = options.context - (new + few) // 2  # so that it is `context` halfway between them
   engine = engine_for(config, rows, new)
-  params = drawn_params(config, engine)
+  params = engine.place(drawn_params(config))
   prompts = random_prompts(config, rows // 8, width)
   stores = (engine.prefill(params, prompts.tokens, prompts.lengths),)
   parent = np.repeat(np.arange(rows // 8), 8)
@@ -153,7 +187,7 @@ def measure_generate(config: ModelConfig, options: argparse.Namespace) -> None:
   case = {"config": hf_config, "rows": rows, "width": width, "new": new}
   prompts = random_prompts(config, rows, width)
   engine = engine_for(config, rows, new)
-  params = drawn_params(config, engine)
+  params = engine.place(drawn_params(config))
 
   def ours(turn: int) -> int:
     drawn = rollouts.flat(engine, params, prompts, 1, jax.random.key(turn))
@@ -173,7 +207,8 @@ def measure_tree(config: ModelConfig, options: argparse.Namespace) -> None:
   branches, segment = (6, 6, 6), options.segment_tokens
   leaves = int(np.prod(branches))
   engine = engine_for(config, leaves, len(branches) * segment)
-  params, prompts = drawn_params(config, engine), random_prompts(config, 1, options.prompt)
+  params = engine.place(drawn_params(config))
+  prompts = random_prompts(config, 1, options.prompt)
   for turn in range(2):
     engine.take_counts()
     started = time.perf_counter()
@@ -195,8 +230,8 @@ def measure_tree(config: ModelConfig, options: argparse.Namespace) -> None:
 
 
 PARTS = {
-  "update": measure_update, "decode": measure_decode, "generate": measure_generate,
-  "tree": measure_tree,
+  "attention": measure_attention, "update": measure_update, "decode": measure_decode,
+  "generate": measure_generate, "tree": measure_tree,
 }  # fmt: skip
 
 

@@ -235,10 +235,14 @@ def splash(
 
 
 def cudnn(q: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
-  """Causal attention of one NVIDIA GPU: q [B, T, N, H], keys [B, K, T, H], in half precision."""
-  return jax.nn.dot_product_attention(
-    q, keys.swapaxes(1, 2), values.swapaxes(1, 2), is_causal=True, implementation="cudnn"
-  )
+  """Causal attention of one NVIDIA GPU: q [B, T, N, H], keys [B, K, T, H], in half precision.
+
+  cuDNN has gradients for rows of even length only: others are filled up, at the end.
+  """
+  length = q.shape[1]
+  inputs = (q, keys.swapaxes(1, 2), values.swapaxes(1, 2))
+  even = (jnp.pad(x, ((0, 0), (0, length % 2), (0, 0), (0, 0))) for x in inputs)
+  return jax.nn.dot_product_attention(*even, is_causal=True, implementation="cudnn")[:, :length]
 
 
 def kernel_for(asked: str, dtype: jax.typing.DTypeLike, width: int) -> str:
