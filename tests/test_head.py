@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from functools import partial
 
 import jax
@@ -15,7 +16,7 @@ import tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from programs import arrays_in, collectives, printed_on_eight_devices
+from programs import arrays_in, collectives, equations_of, printed_on_eight_devices
 
 from spo_jax import head as under_test
 from spo_jax import model, sharding
@@ -223,8 +224,35 @@ def test_default_chunk_is_bounded_by_the_vocabulary(tied):
   arguments = large_problem(8, 2048, 8, jnp.bfloat16, tied)
   total = lambda h, w, y, m: token_logprobs(h, w, y, m, tied=tied).sum()
   jaxpr = jax.make_jaxpr(jax.value_and_grad(total, (0, 1)))(*arguments).jaxpr
-  sizes = [x.size for x in arrays_in(jaxpr) if x.shape[-1:] == (LARGE,)]
-  assert 2**26 < max(sizes) <= 2**27
+  logits = max((x.shape for x in arrays_in(jaxpr) if x.shape[-1:] == (LARGE,)), key=math.prod)
+  assert 2**26 < math.prod(logits) <= 2**27
+  assert logits[-2] % 16 == 0, "units of matrices multiply so many rows"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("vocab", [SMALL_VOCABULARY, SMALL_VOCABULARY + 1])
+def test_products_are_in_the_type_of_hidden_states_and_sums_in_float32(vocab, tied):
+  """Master weights are float32, and so is their gradient: a GPU takes twice as long to multiply."""
+  hidden, head, targets = problem(rows=2, length=8, width=16, vocab=vocab)
+  head, mask = head.T if tied else head, np.ones_like(targets, bool)
+
+  def total(hidden, head):
+    return token_logprobs(hidden, head, targets, mask, tied=tied).sum()
+
+  gradients = jax.value_and_grad(total, (0, 1))
+  hidden = hidden.astype(jnp.bfloat16)
+  products = [
+    equation for equation in equations_of(jax.make_jaxpr(gradients)(hidden, head).jaxpr)
+    if equation.primitive.name == "dot_general"
+  ]  # fmt: skip
+  assert len(products) >= 4
+  for product in products[:2]:
+    assert [x.aval.dtype for x in product.invars] == [jnp.bfloat16] * 2
+    assert product.params["preferred_element_type"] == jnp.float32
+  if vocab > SMALL_VOCABULARY:  # those of the other are what JAX makes of the forward pass
+    assert {x.aval.dtype for product in products for x in product.invars} == {jnp.dtype("bfloat16")}
+  value, (by_hidden, by_head) = gradients(hidden, head)
+  assert (value.dtype, by_hidden.dtype, by_head.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -10,6 +11,7 @@ import scipy.stats
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import equations_of
 from tiny import CONFIG, PAD, PROMPT_WIDTH, VOCAB, T, steps_by_hand
 
 from spo_jax import model, sampler, stops
@@ -245,6 +247,21 @@ def test_slots_and_what_is_kept_of_them_are_held_once():
 
 
 # Ends.
+
+
+def test_matrices_are_rounded_once_and_not_at_every_step():
+  """A step reads 2 bytes of every parameter; to round them again it would move 12."""
+  config = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
+  stores = (sampler.empty_store(config, P, PROMPT_WIDTH),)
+  program = functools.partial(
+    sampler.grow, config, slots=2, width=PROMPT_WIDTH + T, max_tokens=T, keep=False
+  )
+  jaxpr = jax.make_jaxpr(program)(tiny.params(), stores, at_prompts(), KEY, NO_END)
+  loops = [x for x in equations_of(jaxpr.jaxpr) if x.primitive.name == "while"]
+  matrices = {leaf.shape for leaf in jax.tree.leaves(tiny.params()) if leaf.ndim > 1}
+  enter = [x.aval for loop in loops for x in loop.invars if x.aval.shape in matrices]
+  assert len(enter) >= len(matrices)
+  assert {x.dtype for x in enter} == {jnp.dtype("bfloat16")}
 
 
 def test_rows_end_at_any_end_id_or_at_their_limit():
