@@ -26,14 +26,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import side_by_side
+from rollouts import engine_for, ours, prompts_of
 from update_head import random_batch
 
-from spo_jax import attention, hf, model, rollouts, sampler, sharding, update
+from spo_jax import attention, hf, model, sampler, sharding, update
+from spo_jax import rollouts as growing
 from spo_jax.config import MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from spo_jax.hf.configs import config_json
 from spo_jax.plan import costs
 from spo_jax.queues import at_prompts
-from spo_jax.structs import Prompts, Sampling
+from spo_jax.structs import Prompts
 
 QWEN = ModelConfig(
   vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_layers=28, num_heads=12,
@@ -125,17 +127,9 @@ def measure_update(config: ModelConfig, options: argparse.Namespace) -> None:
   )
 
 
-def engine_for(config: ModelConfig, rows: int, new: int) -> rollouts.Engine:
-  """Every row samples its full length from the whole vocabulary."""
-  never = (config.vocab_size,)  # an id that no row samples
-  sampling = Sampling(temperature=1.0, top_p=1.0, end_ids=never, pad_id=0)
-  grade = lambda problems, *_: np.zeros(len(problems), np.float32)
-  return rollouts.Engine(config, sampling, rows, new, grade, sharding.make_mesh(MeshConfig()))
-
-
 def random_prompts(config: ModelConfig, rows: int, width: int) -> Prompts:
-  tokens = np.random.default_rng(0).integers(0, config.vocab_size, (rows, width), np.int32)
-  return Prompts(tokens, np.full(rows, width, np.int32), np.arange(rows), (None,) * rows)
+  rng = np.random.default_rng(0)
+  return prompts_of(rng.integers(0, config.vocab_size, (rows, width), np.int32))
 
 
 def drawn_params(config: ModelConfig) -> Any:
@@ -185,18 +179,12 @@ def measure_generate(config: ModelConfig, options: argparse.Namespace) -> None:
   rows, width, new = options.rows, options.prompt, options.new
   hf_config = config_json(config, hf.export_family(config), "bfloat16")
   case = {"config": hf_config, "rows": rows, "width": width, "new": new}
-  prompts = random_prompts(config, rows, width)
-  engine = engine_for(config, rows, new)
-  params = engine.place(drawn_params(config))
-
-  def ours(turn: int) -> int:
-    drawn = rollouts.flat(engine, params, prompts, 1, jax.random.key(turn))
-    return int(drawn.samples.lengths.sum())
-
+  tokens = random_prompts(config, rows, width).tokens
+  sides = {"spo_jax": ours(config, drawn_params(config), tokens, new)}
   with side_by_side.Worker(options.torch_python, "with_generate.py", case) as theirs:
     print(f"{rows} rows, prompts of {width}, {new} new tokens; {theirs.versions}", flush=True)
     drawn = side_by_side.compare(
-      {"generate": theirs, "spo_jax": ours}, rows * new, options.repeat, ("generate", "spo_jax")
+      {"generate": theirs, **sides}, rows * new, options.repeat, ("generate", "spo_jax")
     )
   assert all(found == rows * new for turns in drawn.values() for found in turns), drawn
 
@@ -212,7 +200,7 @@ def measure_tree(config: ModelConfig, options: argparse.Namespace) -> None:
   for turn in range(2):
     engine.take_counts()
     started = time.perf_counter()
-    rollouts.tree(engine, params, prompts, branches, segment, jax.random.key(turn))
+    growing.tree(engine, params, prompts, branches, segment, jax.random.key(turn))
     took = time.perf_counter() - started
     counts = engine.counts
     print(

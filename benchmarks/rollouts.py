@@ -48,18 +48,22 @@ CASES = {
 Side = Callable[[int], int]  # samples with the seed, and returns the tokens drawn
 
 
-def ours(config: ModelConfig, params: Any, tokens: np.ndarray, new: int) -> Side:
-  rows, width = tokens.shape
-
-  def grade(problems: Any, responses: np.ndarray, *_: Any) -> np.ndarray:
-    return np.zeros(len(responses), np.float32)
-
+def engine_for(config: ModelConfig, rows: int, new: int) -> Engine:
+  """Every row samples its full length from the whole vocabulary; all devices share out the rows."""
   never = (config.vocab_size,)  # an id that no row samples
-  sampling = Sampling(temperature=1.0, top_p=1.0, end_ids=never, pad_id=0, top_k=0, truncate=False)
-  mesh = sharding.make_mesh(MeshConfig())  # all devices share out the rows
-  engine = Engine(config, sampling, rows, new, grade, mesh)
+  sampling = Sampling(temperature=1.0, top_p=1.0, end_ids=never, pad_id=0)
+  grade = lambda problems, *_: np.zeros(len(problems), np.float32)
+  return Engine(config, sampling, rows, new, grade, sharding.make_mesh(MeshConfig()))
+
+
+def prompts_of(tokens: np.ndarray) -> Prompts:
+  rows, width = tokens.shape
+  return Prompts(tokens, np.full(rows, width, np.int32), np.arange(rows), (None,) * rows)
+
+
+def ours(config: ModelConfig, params: Any, tokens: np.ndarray, new: int) -> Side:
+  engine, prompts = engine_for(config, len(tokens), new), prompts_of(tokens)
   params = engine.place(params)
-  prompts = Prompts(tokens, np.full(rows, width, np.int32), np.arange(rows), (None,) * rows)
 
   def sample(seed: int) -> int:
     drawn = rollouts.flat(engine, params, prompts, 1, jax.random.key(seed)).samples
