@@ -283,11 +283,12 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
 
 
 def rounded(config: ModelConfig, params: Params) -> Params:
-  """Parameters with matrices in the type in which they are multiplied.
+  """Parameters with matrices in the type in which they are multiplied, for who does not train.
 
-  A program that multiplies with them many times in a loop rounds them once: left in the loop,
-  that takes more time than the products on a GPU.
+  Left to the loop of decoding, rounding takes more time than the products on a GPU.
   """
+  if all(x.ndim < 2 or x.dtype == config.compute_dtype for x in jax.tree.leaves(params)):
+    return params
   return jax.tree.map(lambda x: x.astype(config.compute_dtype) if x.ndim > 1 else x, params)
 
 

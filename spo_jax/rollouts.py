@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from spo_jax import sampler, sharding
+from spo_jax import model, sampler, sharding
 from spo_jax.compiles import program
 from spo_jax.config import ModelConfig
 from spo_jax.distributed import gather, own_share, to_host
@@ -85,12 +85,17 @@ class Engine:
     return taken
 
   def place(self, params: Params) -> Params:
-    """Parameters where the engine samples; those that are there already stay as they are."""
-    if self.mesh is None or sharding.is_on(params, self.mesh):
-      return params
+    """Parameters as the engine multiplies with them, rounded, and where it samples.
+
+    Those that are so already stay as they are. They are rounded first: less is moved, and held.
+    """
     started = time.perf_counter()
-    placed = jax.block_until_ready(sharding.move(params, self.mesh))
-    self.reshard_seconds += time.perf_counter() - started
+    placed = model.rounded(self.config, params)
+    if self.mesh is not None and not sharding.is_on(placed, self.mesh):
+      placed = sharding.move(placed, self.mesh)
+    if placed is not params:
+      jax.block_until_ready(placed)
+      self.reshard_seconds += time.perf_counter() - started
     return placed
 
   def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:

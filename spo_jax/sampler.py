@@ -309,6 +309,7 @@ def grow(
   the rows with the highest limit first, so that what ends last has begun first.
 
   Args:
+    params: rounded (`model.rounded`), or every step rounds them.
     stores: of which contexts are made; on a mesh the pieces of a request lie on its own shard,
       and shards divide slots, requests and pieces.
     slots: S; width: C, which no context with its limit may exceed; max_tokens: T, width of what
@@ -317,7 +318,7 @@ def grow(
       token of their context, and lacks their own last token.
   Returns: samples of all requests, their store or None, and slots x steps taken.
   """
-  count, params = len(requests.limit), model.rounded(config, params)
+  count = len(requests.limit)
   # Each shard has a queue of its own.
   limit = requests.limit.reshape(row_parts(count), -1)
   queue = _Queue(

@@ -298,10 +298,13 @@ def test_chips_move_to_the_tensor_axis_until_none_is_left():
   assert next_change(plan_of(least, (1, 8, 1), line(101))) == {
     "mesh.fsdp": 4, "mesh.tensor": 2, "train.micro_batch_rows": 4,
   }  # fmt: skip
-  rollouts = with_settings(TREE, {"rollout.rows": 24})
-  change = next_change(plan_of(rollouts, (1, 8, 1), line(101, "rollout.rows")))
-  assert change == {"mesh.fsdp": 4, "mesh.tensor": 2}
-  one = with_settings(least, {"train.micro_batch_rows": 1})
+  least = with_settings(TREE, {"rollout.rows": 24})
+  rollouts = line(101, "rollout.rows")
+  gathered = next_change(plan_of(least, (1, 8, 1), rollouts))
+  assert gathered == {"rollout.mesh.data": 0, "rollout.mesh.fsdp": 0}
+  least = with_settings(least, gathered)
+  assert next_change(plan_of(least, (1, 8, 1), rollouts)) == {"mesh.fsdp": 4, "mesh.tensor": 2}
+  one = with_settings(least, {"train.micro_batch_rows": 1, "train.remat": "layer"})
   assert next_change(plan_of(one, (1, 1, 8), line(101))) is None
 
 

@@ -176,7 +176,13 @@ def test_a_mesh_that_the_devices_do_not_make_is_refused(sizes, said):
 
 
 @pytest.mark.parametrize(
-  ("sizes", "expected"), [((0, 0, 0), (2, 4, 1)), ((0, 1, -1), (2, 1, 4)), ((8, 1, 0), (8, 1, 1))]
+  ("sizes", "expected"),
+  [
+    ((), (8, 1, 1)),  # parameters whole
+    ((0, 0, 0), (2, 4, 1)),
+    ((0, 1, -1), (2, 1, 4)),
+    ((4, 1, 2), (4, 1, 2)),
+  ],
 )
 def test_the_mesh_of_rollouts_takes_the_devices_of_training_in_their_order(sizes, expected):
   devices = np.arange(8).reshape(2, 4, 1)  # numbers will do

@@ -91,10 +91,13 @@ class SPOConfig:
 
 @dataclass(frozen=True)
 class RolloutMeshConfig:
-  """How rollouts share out the devices of training; 0: as `mesh` does, -1: all that are left."""
+  """How rollouts share out the devices of training; 0: as `mesh` does, -1: all that are left.
 
-  data: int = 0
-  fsdp: int = 0
+  Parameters lie whole along `data`: on an `fsdp` axis every step of decoding gathers them.
+  """
+
+  data: int = -1
+  fsdp: int = 1
   tensor: int = 0
 
 

@@ -18,7 +18,7 @@ from spo_jax.plan.compiling import Compiler, Measured
 from spo_jax.plan.programs import Program, Programs
 
 REMAT = ("none", "dots", "layer")  # of train.remat, from what computes least again
-Settings = dict[str, int | str]  # "section.name" -> value
+Settings = dict[str, int | str]  # "section.name" -> value, or "rollout.mesh.name"
 
 CLOSE = 0.15  # of the limit: extrapolated peaks may be off by that much
 RESERVED = 2**28  # bytes of a TPU's HBM that its runtime keeps: libtpu offers 15.75 GiB of 16
@@ -187,10 +187,15 @@ class Planner:
 
 def with_settings(config: Config, settings: Settings) -> Config:
   for key, value in settings.items():
-    section, name = key.split(".")
-    inner = dataclasses.replace(getattr(config, section), **{name: value})
-    config = dataclasses.replace(config, **{section: inner})
+    config = _replaced(config, key.split("."), value)
   return config
+
+
+def _replaced(part: Any, path: list[str], value: int | str) -> Any:
+  name, *inner = path
+  if inner:
+    value = _replaced(getattr(part, name), inner, value)
+  return dataclasses.replace(part, **{name: value})
 
 
 def next_change(plan: Plan) -> Settings | None:
@@ -198,8 +203,9 @@ def next_change(plan: Plan) -> Settings | None:
 
   Parameters and moments are shared out over all chips (mesh.fsdp). The rows of that program are
   halved: train.micro_batch_rows of an update, rollout.rows of what samples. An update computes
-  its layers again instead of keeping them (train.remat). Last, chips are moved from rows to
-  heads and channels (mesh.tensor), which lets rows be halved again.
+  its layers again instead of keeping them (train.remat), rollouts gather their parameters at
+  every step instead of holding them (rollout.mesh). Last, chips are moved from rows to heads and
+  channels (mesh.tensor), which lets rows be halved again.
   """
   config, mesh = plan.config, plan.mesh
   if mesh["data"] > 1:
@@ -210,6 +216,8 @@ def next_change(plan: Plan) -> Settings | None:
     return fewer
   if key != "rollout.rows" and (remat := config.train.remat) != REMAT[-1]:
     return {"train.remat": REMAT[REMAT.index(remat) + 1]}
+  if key == "rollout.rows" and config.rollout.mesh.fsdp == 1 < mesh["fsdp"]:
+    return {"rollout.mesh.data": 0, "rollout.mesh.fsdp": 0}
   for more in range(2, mesh["fsdp"] + 1):
     if mesh["fsdp"] % more == 0:
       moved = mesh | {"fsdp": mesh["fsdp"] // more, "tensor": mesh["tensor"] * more}

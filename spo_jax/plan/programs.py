@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,12 @@ class Shapes:
   def params(self) -> Any:
     return self.state(OptimizerConfig())[0].params
 
+  def rounded(self) -> Any:
+    """Parameters as rollouts take them."""
+    params = self.params()
+    types = jax.eval_shape(functools.partial(model.rounded, self.model_config), params)
+    return jax.tree.map(lambda x, of: x.update(dtype=of.dtype), params, types)
+
   def array(self, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
     place = sharding.activation(name, shape, self.mesh)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
@@ -94,7 +101,7 @@ class Programs:
 
   Args:
     rollout_mesh: where rollouts run, over the same devices; parameters lie there once more
-      where it is another mesh.
+      where it is another mesh, or they are rounded.
   """
 
   def __init__(
@@ -109,9 +116,9 @@ class Programs:
       "optimiser": chip_bytes(state.opt_state),
       "reference": parameters if config.train.kl.coefficient else 0,
     }
-    self.copied = 0  # bytes of parameters for rollouts, where those have a mesh of their own
-    if self.rollout_mesh != mesh:
-      own = self._shapes(model_config.num_layers, self.rollout_mesh).params()
+    self.copied = 0  # bytes of parameters for rollouts, where those are rounded or elsewhere
+    if self.rollout_mesh != mesh or model_config.compute_dtype != "float32":
+      own = self._shapes(model_config.num_layers, self.rollout_mesh).rounded()
       self.copied = chip_bytes(own)
     self.count = model.count_params(model_config)
 
@@ -169,7 +176,7 @@ class Programs:
       with jax.set_mesh(mesh):
         return _lower(
           sampler.prefill,
-          shapes.model_config, shapes.params(), _host((prompts, width)), _host((prompts,)),
+          shapes.model_config, shapes.rounded(), _host((prompts, width)), _host((prompts,)),
         )  # fmt: skip
 
     return Program(
@@ -194,7 +201,7 @@ class Programs:
       with jax.set_mesh(mesh):
         return _lower(
           sampler.grow,
-          shapes.model_config, shapes.params(), stores,
+          shapes.model_config, shapes.rounded(), stores,
           Requests(each, each, one, one, one, one, one), key, self._sampling(evaluating),
           slots=slots, width=width, max_tokens=tokens, keep=keep,
         )  # fmt: skip
@@ -208,7 +215,7 @@ class Programs:
 
   def _sampled(self, kv_cache: int) -> tuple[dict[str, int], int]:
     """What the chip holds while tokens are sampled, and what of it waits: moments, reference,
-    and the parameters of training where rollouts have their own."""
+    and the parameters of training where rollouts have a copy."""
     held = {**self.held, "parameters": self.held["parameters"] + self.copied}
     waiting = self.held["optimiser"] + self.held["reference"]
     return {**held, "kv_cache": kv_cache}, waiting + bool(self.copied) * self.held["parameters"]
