@@ -29,10 +29,10 @@ class Row(NamedTuple):
 
 
 TREE = "configs/qwen1.5b_math_tree.yaml"
-WHOLE = ("rollout.mesh.data=-1", "rollout.mesh.fsdp=1")  # parameters whole on every chip
+FSDP = ("mesh.data=1", "mesh.fsdp=-1")  # parameters shared out over all chips
 MODELS = {
   "Qwen-1.5B 2K": Row(TREE),
-  "Qwen-1.5B 2K, whole": Row(TREE, more=WHOLE, programs=("grow level 3",)),
+  "Qwen-1.5B 2K, fsdp": Row(TREE, more=FSDP, programs=("update",)),
   "Qwen-1.5B 2K, packed": Row(TREE, more=("train.pack_tokens=4096",), programs=("update",)),
   "Qwen-1.5B 4K": Row("configs/r1qwen1.5b_math_tree.yaml", trees=1 / 8),
   "Rho-1.1B 2K": Row("configs/rho1b_gsm8k_tree.yaml"),
@@ -46,12 +46,12 @@ LEAVES = 216
 
 def settings(row: Row, chips: int) -> list[str]:
   """The same work for every part of the rows: one tree, of which some leaves grow at once, and
-  8 training rows a batch, one at a time."""
+  8 training rows a batch, one at a time. Eight parts share out the parameters."""
   parts = chips // row.tensor
   even = math.lcm(LEAVES, parts)
   rows = even * max(1, round(row.trees * parts * LEAVES / even))
   return [
-    "mesh.data=1", "mesh.fsdp=-1", f"mesh.tensor={row.tensor}", "train.remat=layer",
+    "mesh.data=-1", f"mesh.fsdp={min(parts, 8)}", f"mesh.tensor={row.tensor}", "train.remat=layer",
     f"train.micro_batch_rows={parts}", f"train.batch_rows={8 * parts}",
     f"spo.edges_per_iteration={32 * parts}", f"rollout.rows={rows}",
     f"rollout.questions={parts}", *row.more,

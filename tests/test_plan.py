@@ -311,12 +311,12 @@ def test_chips_move_to_the_tensor_axis_until_none_is_left():
 def test_rows_that_chips_cannot_share_out_are_moved_to_the_nearest_that_they_can():
   published = load(ROOT / "configs" / "qwen1.5b_math_tree.yaml")  # 216 rows, 8 of a micro-batch
   assert share_out(published, 16) == {
-    "mesh.data": 1, "mesh.fsdp": 16, "mesh.tensor": 1, "rollout.rows": 224,
+    "mesh.data": 2, "mesh.fsdp": 8, "mesh.tensor": 1, "rollout.rows": 224,
     "train.micro_batch_rows": 16,
   }  # fmt: skip
   # Batches of 128 rows have no share for each of 256 chips.
   assert share_out(published, 256) == {
-    "mesh.data": 1, "mesh.fsdp": 128, "mesh.tensor": 2, "rollout.rows": 256,
+    "mesh.data": 16, "mesh.fsdp": 8, "mesh.tensor": 2, "rollout.rows": 256,
     "train.micro_batch_rows": 128,
   }  # fmt: skip
 

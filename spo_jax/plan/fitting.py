@@ -20,6 +20,7 @@ from spo_jax.plan.programs import Program, Programs
 REMAT = ("none", "dots", "layer")  # of train.remat, from what computes least again
 Settings = dict[str, int | str]  # "section.name" -> value, or "rollout.mesh.name"
 
+FEW = 8  # chips that share out parameters, where those fit: more send more
 CLOSE = 0.15  # of the limit: extrapolated peaks may be off by that much
 RESERVED = 2**28  # bytes of a TPU's HBM that its runtime keeps: libtpu offers 15.75 GiB of 16
 
@@ -229,11 +230,12 @@ def next_change(plan: Plan) -> Settings | None:
 
 def share_out(config: Config, chips: int) -> Settings | None:
   """The nearest settings whose rows make an equal share for every chip, with the fewest chips
-  on the tensor axis; parameters are shared out as well."""
+  on the tensor axis; parameters are shared out over a few."""
   for tensor in range(1, chips + 1):
     if chips % tensor:
       continue
-    mesh = {"data": 1, "fsdp": chips // tensor, "tensor": tensor}
+    fsdp = math.gcd(chips // tensor, FEW)
+    mesh = {"data": chips // tensor // fsdp, "fsdp": fsdp, "tensor": tensor}
     change: Settings = {f"mesh.{axis}": size for axis, size in mesh.items()}
     for key in _row_keys(config):
       allowed, now = _allowed_rows(config, key, mesh), _rows(config, key)
