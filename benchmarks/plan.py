@@ -22,6 +22,7 @@ GIB = 2**30
 class Row(NamedTuple):
   config: str
   shape: str | None = None  # in the place of the config's model
+  fsdp: int = 8  # chips that share out the parameters, at most
   tensor: int = 1  # chips of the tensor axis
   trees: float = 1 / 4  # of which leaves grow at once: 54 of 216
   more: tuple[str, ...] = ()  # settings
@@ -37,7 +38,7 @@ MODELS = {
   "Qwen-1.5B 4K": Row("configs/r1qwen1.5b_math_tree.yaml", trees=1 / 8),
   "Rho-1.1B 2K": Row("configs/rho1b_gsm8k_tree.yaml"),
   "Qwen-7B 2K": Row(TREE, "qwen2.5-7b", tensor=4),
-  "Qwen-32B 2K": Row(TREE, "qwen2.5-32b", tensor=8, trees=1 / 8),
+  "Qwen-32B 2K": Row(TREE, "qwen2.5-32b", fsdp=32, tensor=8, trees=1 / 8),
 }
 WEAK = ("v5e:2x4", "v5e:4x4", "v5e:8x8", "v5e:16x16")
 LARGE = ("v5p:4x4x4", "v6e:16x16", "v5e:16x16")
@@ -46,12 +47,13 @@ LEAVES = 216
 
 def settings(row: Row, chips: int) -> list[str]:
   """The same work for every part of the rows: one tree, of which some leaves grow at once, and
-  8 training rows a batch, one at a time. Eight parts share out the parameters."""
+  8 training rows a batch, one at a time."""
   parts = chips // row.tensor
   even = math.lcm(LEAVES, parts)
   rows = even * max(1, round(row.trees * parts * LEAVES / even))
   return [
-    "mesh.data=-1", f"mesh.fsdp={min(parts, 8)}", f"mesh.tensor={row.tensor}", "train.remat=layer",
+    "mesh.data=-1", f"mesh.fsdp={min(parts, row.fsdp)}", f"mesh.tensor={row.tensor}",
+    "train.remat=layer",
     f"train.micro_batch_rows={parts}", f"train.batch_rows={8 * parts}",
     f"spo.edges_per_iteration={32 * parts}", f"rollout.rows={rows}",
     f"rollout.questions={parts}", *row.more,
