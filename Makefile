@@ -36,7 +36,7 @@ test: $(READY_TO_TEST) ## run all tests, or a choice: ARGS="tests/test_losses.py
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not devices" $(ARGS)
 
 test-devices: $(READY_TO_TEST) ## run the tests of meshes and of several processes: 10 more minutes
-	@$(BIN)/python -m pytest -n 2 --dist worksteal -m devices $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m devices --timeout 1200 $(ARGS)
 
 lint: $(READY) ## ruff, mypy and shellcheck
 	@status=0; $(BIN)/ruff check . || status=1; $(BIN)/mypy || status=1; \
