@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from spo_jax.distributed import any_process
 from spo_jax.runlog import writing
 from spo_jax.structs import Edges
 
@@ -66,11 +67,12 @@ class Checkpoints:
     Raises: OSError where this or an earlier save found no space; `close` does so too.
     """
     # Orbax copies arrays before it returns, but would read the counters later.
+    count = 0 if edges is None else len(edges.start)
     items = {
       "state": ocp.args.StandardSave(state),
-      "counters": ocp.args.JsonSave(copy.deepcopy(counters)),
+      "counters": ocp.args.JsonSave(copy.deepcopy(counters) | {"edges": count}),
     }
-    if edges is not None and len(edges.start):
+    if edges is not None and count:
       items["edges"] = ocp.args.StandardSave(dataclasses.asdict(edges))
     with writing(self._manager.directory):  # a save before this one may have failed
       self._manager.save(step, args=ocp.args.Composite(**items))
@@ -82,40 +84,52 @@ class Checkpoints:
 
     Args:
       template: a state of the same shapes, dtypes and shardings; its values are not read.
+    Raises: what the file system or a format inside does; ValueError where edges are missing.
     """
     like = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
     items = {"state": ocp.args.StandardRestore(like), "counters": ocp.args.JsonRestore()}
     if (self._manager.directory / str(step) / "edges").exists():
       items["edges"] = ocp.args.StandardRestore()
     restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-    edges = restored.get("edges")
+    edges, counters = restored.get("edges"), restored["counters"]
+    if counters.pop("edges", 0) and edges is None:
+      raise ValueError("its edges are missing")
     return (
       restored["state"],
-      restored["counters"],
+      counters,
       Edges(**jax.tree.map(np.asarray, edges)) if edges is not None else None,
     )
 
   def restore_newest(
-    self, template: State
+    self, template: State, at_most: int | None = None
   ) -> tuple[int, State, dict[str, Any], Edges | None] | None:
     """Step and content of the newest checkpoint that can be read; None where there is none.
 
-    What cannot be read (a truncated or missing file) is named and passed over.
+    What one of the processes cannot read (a truncated or missing file) is named and passed over.
 
+    Args:
+      at_most: steps behind this one are passed over.
     Raises: CheckpointError where there are checkpoints, and none can be read.
     """
     steps = sorted(self.steps(), reverse=True)
     for step in steps:
+      if at_most is not None and step > at_most:
+        continue
+      restored = None
       try:
-        return step, *self.restore(step, template)
+        restored = self.restore(step, template)
       except Exception as error:  # of the file system, of every format inside: many kinds
         broken = self._manager.directory / str(step)
         said = " ".join(str(error).split())[:200]
         print(f"warning: {broken} cannot be read and is passed over ({said})", file=sys.stderr)
+      if not any_process(restored is None):
+        assert restored is not None
+        return step, *restored
     if steps:
+      limit = "" if at_most is None else f" and is within what metrics.jsonl holds, {at_most}"
       raise CheckpointError(
-        f"none of the checkpoints {steps} in {self._manager.directory} can be read. Copy the run "
-        "directory from where it is whole, or start a new run."
+        f"none of the checkpoints {steps} in {self._manager.directory} can be read{limit}. Copy "
+        "the run directory from where it is whole, or start a new run."
       )
     return None
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,8 +38,16 @@ def initialize() -> None:
   """
   names = ("SPO_COORDINATOR", "SPO_PROCESSES", "SPO_PROCESS_ID")
   values = {name: os.environ.get(name) for name in names}
-  if os.environ.get("SPO_DISTRIBUTED") == "auto":
-    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_S)
+  if how := os.environ.get("SPO_DISTRIBUTED"):
+    if how != "auto":
+      raise ConfigError(f"SPO_DISTRIBUTED={how} is not auto. Set it so, or unset it.")
+    try:
+      jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_S)
+    except ValueError as error:
+      raise ConfigError(
+        f"SPO_DISTRIBUTED=auto finds no TPU pod, Slurm or Kubernetes here ({error}). Set "
+        f"{', '.join(names)}, or unset it."
+      ) from error
   elif any(values.values()):
     missing = [name for name, value in values.items() if not value]
     if missing:
@@ -50,9 +60,11 @@ def initialize() -> None:
                         f"{values['SPO_PROCESS_ID']} must be integers.") from error  # fmt: skip
     if not 0 <= own < count:
       raise ConfigError(f"SPO_PROCESS_ID={own} must be from 0 to SPO_PROCESSES - 1 = {count - 1}.")
-    jax.distributed.initialize(
-      values["SPO_COORDINATOR"], count, own, heartbeat_timeout_seconds=HEARTBEAT_S
-    )
+    coordinator = str(values["SPO_COORDINATOR"])
+    if not re.fullmatch(r".+:\d+", coordinator):
+      raise ConfigError(f"SPO_COORDINATOR={coordinator} is not host:port, such as 10.0.0.1:8476.")
+    print(f"Process {own} of {count} waits for the others at {coordinator}.", file=sys.stderr)
+    jax.distributed.initialize(coordinator, count, own, heartbeat_timeout_seconds=HEARTBEAT_S)
 
 
 def is_main() -> bool:
@@ -108,10 +120,27 @@ INTERRUPTED = 130  # exit code: what a shell reports for a program that Ctrl-C e
 PREEMPTED = 143  # and for one that SIGTERM ended
 
 
-def leave(code: int) -> NoReturn:
-  """Ends a command with its exit code."""
-  if code == INTERRUPTED:
-    os._exit(code)  # an orderly exit may crash where XLA was stopped within a compilation
+def leave(main: Callable[[], int]) -> NoReturn:
+  """Ends a command with the exit code that `main` returns.
+
+  A process that fails while others run ends at once, and they do when they miss it: in an orderly
+  exit JAX would wait for them for minutes, and they for this one.
+  """
+  is_one_of_many = jax.distributed.is_initialized
+  try:
+    code = main()
+  except Exception:
+    if not is_one_of_many():
+      raise
+    traceback.print_exc()
+    print("error: this process of several failed, and the others end. What is saved is whole: "
+          "--resume continues.", file=sys.stderr)  # fmt: skip
+    code = 1
+  # Where XLA was stopped within a compilation, an orderly exit may crash.
+  if code == INTERRUPTED or (code not in (0, PREEMPTED) and is_one_of_many()):
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
   sys.exit(code)
 
 

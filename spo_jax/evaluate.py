@@ -386,4 +386,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  distributed.leave(main())
+  distributed.leave(main)

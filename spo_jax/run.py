@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from spo_jax import hf, runlog, sharding
 from spo_jax.checkpoint import CheckpointError, Checkpoints
 from spo_jax.compiles import CompileCount
-from spo_jax.distributed import Preemption, is_main, total
+from spo_jax.distributed import Preemption, from_main, is_main, total
 from spo_jax.experiment import Experiment
 from spo_jax.model import Params
 from spo_jax.packing import EdgeBuffer
@@ -71,10 +71,16 @@ class Run:
     self._best_accuracy = -1.0
     self._checkpoints = Checkpoints(run_dir / "checkpoints" / "policy", config.checkpoint.keep)
     self.iteration = 0
-    if self._checkpoints.latest() is None:
+    logged = from_main(log.last())
+    if self._checkpoints.latest() is not None:
+      self._restore(logged)
+    elif logged <= config.checkpoint.every:
       self._begin(preemption)
-    else:
-      self._restore()
+    else:  # a second one is saved when the first is complete
+      raise CheckpointError(
+        f"{run_dir} has logged {logged} iterations, and {run_dir / 'checkpoints' / 'policy'} "
+        "holds no checkpoint. Copy it from where the run is whole, or start a new run."
+      )
 
   def _begin(self, preemption: Preemption) -> None:
     self.log.resume_at(-1)
@@ -87,9 +93,11 @@ class Run:
         checkpoints.save(0, params, {})
     self.finish(0, {}, Clock())
 
-  def _restore(self) -> None:
+  def _restore(self, logged: int) -> None:
+    """From the newest checkpoint that the log reaches: its records are logged before it is saved,
+    and those that were lost are made again."""
     template = self._template()
-    restored = self._checkpoints.restore_newest(template)
+    restored = self._checkpoints.restore_newest(template, logged)
     assert restored is not None
     self.iteration, self.state, counters, self.buffer.edges = restored
     self._checkpoints.forget_after(self.iteration)

@@ -1,6 +1,9 @@
 """A run's directory and what a person sees of it: metrics, samples, summary, progress, table."""
 
 import contextlib
+import errno
+import fcntl
+import itertools
 import json
 import math
 import os
@@ -9,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from rich.console import Console
@@ -23,6 +26,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from spo_jax.config import ConfigError
 from spo_jax.tensorboard import EventFile
 
 
@@ -30,13 +34,14 @@ class RunLog:
   """Owns `run_dir`: config.yaml, metrics.jsonl, samples/, tensorboard/ and summary.json.
 
   Opening a directory that a killed run left behind drops the half-written last line of its
-  metrics. One process writes to a directory at a time.
+  metrics. One process writes to a directory at a time: it has a lock on `run_dir`/lock.
 
   Args:
     run_dir: made where it is missing.
     wandb_project: also send metrics to this Weights & Biases project; None leaves it unimported.
     tensorboard: whether event files are written.
-  Raises: ValueError where wandb is asked for and not installed.
+  Raises: ValueError where wandb is asked for and not installed; ConfigError where another process
+    has the lock.
   """
 
   def __init__(self, run_dir: str | Path, wandb_project: str | None = None,
@@ -45,6 +50,7 @@ class RunLog:
     self._metrics = self.run_dir / "metrics.jsonl"
     self._samples = self.run_dir / "samples"
     self._samples.mkdir(parents=True, exist_ok=True)
+    self._lock = _locked(self.run_dir / "lock")
     self._has_events = tensorboard
     self._events: EventFile | None = None
     self._purge_step: int | None = None
@@ -62,6 +68,11 @@ class RunLog:
   def write_config(self, yaml: str) -> None:
     """Writes the resolved config."""
     write_atomic(self.run_dir / "config.yaml", yaml)
+
+  def last(self) -> int:
+    """The last iteration up to which every one is logged; -1 where there is none."""
+    logged = {record["iteration"] for record in read_metrics(self.run_dir)}
+    return next(i for i in itertools.count(-1) if i + 1 not in logged)
 
   def resume_at(self, iteration: int) -> None:
     """Forgets everything after `iteration`; -1 forgets the whole run. Call it before `log`."""
@@ -112,6 +123,25 @@ class RunLog:
     if self._wandb is not None:
       self._wandb.finish()
     self._events = self._wandb = None
+    self._lock.close()
+
+
+def _locked(path: Path) -> IO[str]:
+  """A file that this process alone has locked, until it is closed or the process ends.
+
+  Raises: ConfigError where another one has it.
+  """
+  file = path.open("a")
+  try:
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError as error:
+    if error.errno in (errno.EACCES, errno.EAGAIN):
+      file.close()
+      raise ConfigError(
+        f"{path.parent} is being written by another process. End it, or name another --run-dir."
+      ) from error
+    # Some mounts have no locks: there, nobody looks.
+  return file
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:

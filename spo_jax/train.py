@@ -145,8 +145,10 @@ def open_run_dir(config: Config, config_path: Path, run_dir: Path | None, resume
 
 def finished(run_dir: Path, iterations: int) -> dict[str, Any] | None:
   """The summary of a run that has nothing left to do."""
-  stored = run_dir / "summary.json"
-  summary = json.loads(stored.read_text()) if stored.exists() else {}
+  try:
+    summary = json.loads((run_dir / "summary.json").read_text())
+  except (FileNotFoundError, ValueError):  # or damaged: it is written again
+    return None
   return summary if summary.get("iterations") == iterations else None
 
 
@@ -241,4 +243,4 @@ def main(
 
 
 if __name__ == "__main__":
-  distributed.leave(main())
+  distributed.leave(main)

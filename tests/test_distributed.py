@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -49,14 +50,14 @@ def popen(command, environment):
   )  # fmt: skip
 
 
-def start(processes, config, run_dir, *options, settings=SETTINGS):
+def start(processes, config, run_dir, *options, settings=SETTINGS, programs=None):
   """Starts the processes of a run, each with its share of the devices."""
   run = ["train", "--config", config, "--run-dir", run_dir]
-  return start_command(processes, *run, *options, "--set", *settings)
+  return start_command(processes, *run, *options, "--set", *settings, programs=programs)
 
 
-def start_command(processes, *command):
-  """Starts the processes of one command of spo_jax."""
+def start_command(processes, *command, programs=None):
+  """Starts the processes of one command of spo_jax; `programs` of some stand for the module."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
@@ -67,7 +68,8 @@ def start_command(processes, *command):
       "SPO_PROCESS_ID": str(i),
     }  # fmt: skip
     share = f"--xla_force_host_platform_device_count={DEVICES // processes}"
-    program = [sys.executable, "-m", f"spo_jax.{command[0]}", *command[1:]]
+    module = (programs or {}).get(i, ["-m", f"spo_jax.{command[0]}"])
+    program = [sys.executable, *module, *command[1:]]
     started.append(
       popen(program, {**(names if processes > 1 else {}), "XLA_FLAGS": f"{share} {FLAGS}"})
     )
@@ -223,10 +225,67 @@ def test_a_process_that_dies_ends_the_others_within_a_minute(config, tmp_path):
   assert err.strip()
 
 
+BROKEN = """
+import sys
+from spo_jax import distributed, rollouts, train
+
+grade, calls = rollouts.Engine.grade, []
+
+def broken(*arguments):
+  calls.append(1)
+  if len(calls) == 4:
+    raise {error}
+  return grade(*arguments)
+
+rollouts.Engine.grade = broken
+distributed.leave(lambda: train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.devices
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("error", ["RuntimeError('boom')", "OSError(28, 'boom')"])
+def test_a_process_that_fails_ends_the_others_within_a_minute(config, tmp_path, failing, error):
+  """Not only one that is killed: an orderly exit would wait for the others."""
+  program = tmp_path / "broken.py"
+  program.write_text(BROKEN.format(error=error))
+  started = start(2, config, tmp_path / "run", programs={failing: [program]})
+  begun = time.monotonic()
+  while started[failing].poll() is None:
+    assert time.monotonic() - begun < 200
+    time.sleep(0.2)
+  died = time.monotonic()
+  results = finish(started)
+  assert time.monotonic() - died < 60
+  assert results[failing][0] == 1 and "boom" in results[failing][2], results[failing][2]
+  assert "--resume" in results[failing][2]
+  assert results[1 - failing][0] not in (0, 2, 143)
+  assert results[1 - failing][2].strip()
+
+
+@pytest.mark.devices
+def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(config, alone, tmp_path):
+  run_dir = tmp_path / "run"
+  sharded = [*SETTINGS, "mesh.data=1", "mesh.fsdp=4"]
+  for code, _, err in finish(start(2, config, run_dir, settings=sharded)):
+    assert code == 0, err[-2000:]
+  files = (run_dir / "checkpoints" / "policy" / "40" / "state" / "ocdbt.process_1" / "d").iterdir()
+  largest = max(files, key=lambda file: file.stat().st_size)
+  os.truncate(largest, largest.stat().st_size // 2)
+  (run_dir / "summary.json").unlink()
+  results = finish(start(2, config, run_dir, "--resume", settings=sharded))
+  for code, _, err in results:
+    assert code == 0, err[-2000:]
+  assert "cannot be read" in results[1][2]
+  assert_close_runs(run_dir, alone)
+
+
 @pytest.mark.parametrize(
   ("names", "said"),
   [
     ({"SPO_COORDINATOR": "localhost:1"}, "SPO_PROCESS"),
+    ({"SPO_COORDINATOR": "here", "SPO_PROCESSES": "1", "SPO_PROCESS_ID": "0"}, "host:port"),
+    ({"SPO_DISTRIBUTED": "yes"}, "SPO_DISTRIBUTED=yes"),
     ({"SPO_COORDINATOR": "x:1", "SPO_PROCESSES": "two", "SPO_PROCESS_ID": "0"}, "two"),
     ({"SPO_COORDINATOR": "x:1", "SPO_PROCESSES": "2", "SPO_PROCESS_ID": "2"}, "SPO_PROCESS_ID=2"),
   ],
@@ -235,6 +294,16 @@ def test_an_environment_that_does_not_name_a_process_is_refused(monkeypatch, nam
   for name, value in names.items():
     monkeypatch.setenv(name, value)
   with pytest.raises(ConfigError, match=said):
+    distributed.initialize()
+
+
+def test_auto_without_a_cluster_is_refused(monkeypatch):
+  def find_nothing(**_):
+    raise ValueError("coordinator_address should be defined.")
+
+  monkeypatch.setenv("SPO_DISTRIBUTED", "auto")
+  monkeypatch.setattr(jax.distributed, "initialize", find_nothing)
+  with pytest.raises(ConfigError, match=r"SPO_DISTRIBUTED=auto .* SPO_COORDINATOR"):
     distributed.initialize()
 
 

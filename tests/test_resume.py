@@ -222,3 +222,54 @@ def test_a_run_of_which_no_checkpoint_can_be_read_says_so(train, config, copy):
   [said] = [line for line in result.err.splitlines() if line.startswith("error: ")]
   assert "can be read" in said
   assert (copy / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("lost", ["records", "edges", "the end of the summary"])
+def test_what_is_lost_is_made_again(train, finished, config, tmp_path, lost):
+  """Training goes on from the newest whole checkpoint that the log reaches."""
+  reference, _ = finished("tree")
+  run_dir = shutil.copytree(reference, tmp_path / "run")
+  if lost == "the end of the summary":
+    os.truncate(run_dir / "summary.json", 20)
+  else:
+    (run_dir / "summary.json").unlink()
+  if lost == "records":
+    lines = (run_dir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run_dir / "metrics.jsonl").write_bytes(b"".join(lines[:5]))
+  if lost == "edges":
+    shutil.rmtree(run_dir / "checkpoints" / "policy" / "6" / "edges")
+  result = train(*command(config, run_dir, "tree", resume=True))
+  assert result.code == 0, result.err
+  assert ("its edges are missing" in result.err) == (lost == "edges")
+  assert_same_run(run_dir, reference)
+
+
+@pytest.mark.parametrize("lost", ["checkpoints", "checkpoints/policy", "metrics.jsonl"])
+def test_a_run_that_has_lost_more_than_it_can_make_again_says_so(train, config, copy, lost):
+  gone = copy / lost
+  gone.unlink() if gone.is_file() else shutil.rmtree(gone)
+  (copy / "summary.json").unlink()
+  kept = content(copy / "samples")
+  result = train(*command(config, copy, resume=True))
+  assert result.code == 1
+  [said] = [line for line in result.err.splitlines() if line.startswith("error: ")]
+  assert "metrics.jsonl" in said if lost == "metrics.jsonl" else "no checkpoint" in said
+  assert "start a new run" in said
+  assert content(copy / "samples") == kept
+
+
+def test_a_run_directory_has_one_writer(train, refuse, config, copy):
+  """The lock is that of a process, and goes with it."""
+  hold = (
+    "import sys; from spo_jax.runlog import RunLog; log = RunLog(sys.argv[1]); "
+    "print('held', flush=True); input()"
+  )
+  holder = subprocess.Popen(
+    [sys.executable, "-c", hold, copy], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+  )
+  assert holder.stdout.readline() == b"held\n"
+  said = refuse(*command(config, copy, resume=True))
+  assert str(copy) in said and "another process" in said
+  holder.kill()
+  holder.wait()
+  assert train(*command(config, copy, resume=True)).code == 0
