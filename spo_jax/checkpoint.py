@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from spo_jax.distributed import any_process
+from spo_jax.distributed import is_alone
 from spo_jax.runlog import writing
 from spo_jax.structs import Edges
 
@@ -105,26 +105,29 @@ class Checkpoints:
   ) -> tuple[int, State, dict[str, Any], Edges | None] | None:
     """Step and content of the newest checkpoint that can be read; None where there is none.
 
-    What one of the processes cannot read (a truncated or missing file) is named and passed over.
+    What cannot be read (a truncated or missing file) is named and passed over; not by several
+    processes, of which those that can read theirs wait inside orbax.
 
     Args:
       at_most: steps behind this one are passed over.
-    Raises: CheckpointError where there are checkpoints, and none can be read.
+    Raises: CheckpointError where there are checkpoints, and none can be read, or one process of
+      several cannot read the newest.
     """
     steps = sorted(self.steps(), reverse=True)
     for step in steps:
       if at_most is not None and step > at_most:
         continue
-      restored = None
       try:
-        restored = self.restore(step, template)
+        return step, *self.restore(step, template)
       except Exception as error:  # of the file system, of every format inside: many kinds
         broken = self._manager.directory / str(step)
         said = " ".join(str(error).split())[:200]
+        if not is_alone():
+          raise CheckpointError(
+            f"a process cannot read {broken} ({said}). Move it away, and --resume goes on from "
+            "the one before it."
+          ) from error
         print(f"warning: {broken} cannot be read and is passed over ({said})", file=sys.stderr)
-      if not any_process(restored is None):
-        assert restored is not None
-        return step, *restored
     if steps:
       limit = "" if at_most is None else f" and is within what metrics.jsonl holds, {at_most}"
       raise CheckpointError(

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -264,19 +265,22 @@ def test_a_process_that_fails_ends_the_others_within_a_minute(config, tmp_path, 
 
 
 @pytest.mark.devices
-def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(config, alone, tmp_path):
+def test_a_checkpoint_that_one_process_cannot_read_is_named(config, alone, tmp_path):
   run_dir = tmp_path / "run"
   sharded = [*SETTINGS, "mesh.data=1", "mesh.fsdp=4"]
   for code, _, err in finish(start(2, config, run_dir, settings=sharded)):
     assert code == 0, err[-2000:]
-  files = (run_dir / "checkpoints" / "policy" / "40" / "state" / "ocdbt.process_1" / "d").iterdir()
+  newest = run_dir / "checkpoints" / "policy" / "40"
+  files = (newest / "state" / "ocdbt.process_1" / "d").iterdir()
   largest = max(files, key=lambda file: file.stat().st_size)
   os.truncate(largest, largest.stat().st_size // 2)
   (run_dir / "summary.json").unlink()
-  results = finish(start(2, config, run_dir, "--resume", settings=sharded))
-  for code, _, err in results:
+  first, second = finish(start(2, config, run_dir, "--resume", settings=sharded))
+  assert first[0] not in (0, 2) and second[0] == 1
+  assert f"cannot read {newest}" in second[2] and "Move it away" in second[2]
+  shutil.rmtree(newest)
+  for code, _, err in finish(start(2, config, run_dir, "--resume", settings=sharded)):
     assert code == 0, err[-2000:]
-  assert "cannot be read" in results[1][2]
   assert_close_runs(run_dir, alone)
 
 
