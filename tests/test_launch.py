@@ -311,10 +311,12 @@ def local(tmp_path):
 
   def start(body, *options):
     command = [LAUNCH / "local.sh", *options, *TRAIN, *RUN_DIR]
+    command = ["env", "--default-signal=HUP", *command]  # nohup may have started the tests
     env = environment(PYTHON=program(tmp_path / "python", body))
     with heeding_ctrl_c():
       started.append(subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
+        start_new_session=True,
       ))  # fmt: skip
     return started[-1]
 
@@ -352,9 +354,12 @@ def test_local_kills_what_is_left_when_a_process_dies_and_returns_its_code(local
   assert 9 < time.monotonic() - start < 25
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+# A terminal that closes is told on as SIGTERM, which the trainer knows.
+@pytest.mark.parametrize(
+  ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)]
+)
 def test_local_passes_a_signal_on_once_and_waits(local, number, code):
-  name = number.name.removeprefix("SIG")
+  name = "INT" if number == signal.SIGINT else "TERM"
   # Process 1 needs longer to save than process 0, and must be left alone meanwhile.
   script = local(
     f"trap 'asked=1$asked' {name}; trap 'asked=twice' {'INT' if name == 'TERM' else 'TERM'}; "
@@ -362,11 +367,24 @@ def test_local_passes_a_signal_on_once_and_waits(local, number, code):
     f"echo saved $asked; exit {code}"
   )
   assert {script.stdout.readline() for _ in range(2)} == {"[0] up\n", "[1] up\n"}
-  script.send_signal(number)
+  if number == signal.SIGHUP:
+    for _ in range(2):  # to all in front of the terminal, from the shell and from the kernel
+      os.killpg(script.pid, number)
+      time.sleep(0.3)
+  else:
+    script.send_signal(number)
   out, err = script.communicate(timeout=30)
   assert sorted(out.splitlines()) == ["[0] saved 1", "[1] saved 1"]
   assert "the others have" not in err
   assert script.returncode == code
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="setpriv of util-linux ties them to it")
+def test_local_processes_end_when_the_script_is_killed(local):
+  script = local("echo up; exec sleep 60")
+  assert {script.stdout.readline() for _ in range(2)} == {"[0] up\n", "[1] up\n"}
+  script.kill()
+  script.communicate(timeout=10)  # the pipe ends with the last of them
 
 
 def shellcheck():
