@@ -261,6 +261,29 @@ def test_tpu_run_recreates_a_preempted_slice_and_stops_at_a_failure(
   assert done.returncode == code, done.stderr
 
 
+@pytest.mark.parametrize("answer", ["NOT_FOUND: no such node", "no project is set"])
+def test_tpu_run_ends_when_no_slice_can_be_created(tmp_path, answer):
+  gcloud = f'[[ $4 == describe ]] && echo "{answer}" >&2 || echo "did $4"; exit 1'
+  path = fake_programs(tmp_path / "bin", gcloud=gcloud, sleep='echo "did sleep"')
+  done = launch("tpu_vm.sh", "run", *TPU, *BUCKET, *TRAIN, PATH=path)
+  assert done.returncode == 2
+  assert re.findall(r"did (create|sleep)", done.stdout) == ["create", "sleep"] * 4 + ["create"]
+  assert done.stderr.count("NOT_FOUND") == 0
+  assert done.stderr.count("no project is set") == (5 if answer == "no project is set" else 0)
+  assert "creating 'pod' failed 5 times in a row" in done.stderr.splitlines()[-1]
+
+
+def test_tpu_run_takes_a_slice_that_it_did_not_see_for_a_moment(tmp_path):
+  gcloud = (
+    'case $4 in\ndescribe) [[ -e $T/tried ]] && echo READY ;;\n'
+    'create) touch "$T/tried"; echo ALREADY_EXISTS >&2; exit 1 ;;\n*) echo "did $4" ;;\nesac'
+  )
+  path = fake_programs(tmp_path / "bin", gcloud=gcloud, sleep="", git="", mkdir="")
+  done = launch("tpu_vm.sh", "run", *TPU, *BUCKET, *TRAIN, PATH=path, T=str(tmp_path))
+  assert (done.returncode, done.stdout) == (0, "did scp\ndid ssh\ndid ssh\n"), done.stderr
+  assert "ALREADY_EXISTS" in done.stderr and "failure 1 of 5" in done.stderr
+
+
 def test_jobset_runs_one_pod_per_host_and_does_not_count_preemptions():
   out = dry_run("gke.sh", "apply", "--dry-run", *GKE, *TRAIN, "--set", 'a="&\\')
   command, text = out.split("\n", 1)
