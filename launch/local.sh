@@ -23,15 +23,19 @@ option[devices]=${option[devices]-$processes}
 need_count devices
 ((option[devices] % processes == 0)) ||
   die "--devices ${option[devices]} is no multiple of --processes $processes"
-((${#rest[@]})) || die "--config FILE is missing"
+need_config "${rest[@]}"
 [[ -n $(value_of run-dir "${rest[@]}") ]] ||
   die "--run-dir DIR is missing: the processes must agree on it"
+platform=${JAX_PLATFORMS:-cpu}
+case $platform in
+  cpu | cuda | cuda,cpu | gpu | gpu,cpu) ;;
+  *) die "JAX_PLATFORMS '$platform' must be cpu or cuda here; tpu_vm.sh and gke.sh are for TPUs" ;;
+esac
 
 # Below the ports that the system hands out by itself.
 port=$((20000 + RANDOM % 12000))
 while (: <>"/dev/tcp/localhost/$port") 2>/dev/null; do port=$((port + 1)); done
 
-platform=${JAX_PLATFORMS:-cpu}
 share=$((option[devices] / processes))
 
 # command_of INDEX: sets `words`, the environment and command of a process.
@@ -57,6 +61,7 @@ if $DRY_RUN; then
   echo wait
   exit
 fi
+need_python
 
 declare -A alive=()
 groups=() printers=()

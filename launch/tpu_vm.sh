@@ -134,9 +134,10 @@ fi
 if [[ $task == train || $task == run ]]; then
   need bucket run
   [[ ${option[bucket]} != */* ]] || die "--bucket '${option[bucket]}' must be a name, without gs://"
-  ((${#rest[@]})) || die "--config FILE is missing"
+  need_config "${rest[@]}"
   [[ -z $(value_of run-dir "${rest[@]}") ]] || die "--run-dir is the bucket's --run; leave it out"
 fi
+$DRY_RUN || need_program gcloud
 case $task in
   train) train "${rest[@]}" ;;
   run) until_done "${rest[@]}" ;;

@@ -82,6 +82,7 @@ def test_help_is_the_header_and_names_every_option(script):
     (["local.sh", "--devices", "4", "--verbose", *TRAIN], "--verbose is no option"),
     (["local.sh", "4", *TRAIN], "'4' is no option"),
     (["local.sh", *TRAIN], "--run-dir DIR"),
+    (["local.sh", *TRAIN, "--run-dir", "--resume"], "--run-dir DIR"),
     (["local.sh", "--processes"], "--processes needs a value"),
     (["local.sh", "--processes", "0"], "--processes '0'"),
     (["local.sh", "--processes", "2", "--devices", "3", *TRAIN, *RUN_DIR], "no multiple"),
@@ -105,12 +106,70 @@ def test_help_is_the_header_and_names_every_option(script):
     (["gke.sh", "apply", *GKE], "--config FILE"),
     (["gke.sh", "apply", *GKE, *TRAIN, *RUN_DIR], "leave it out"),
     (["gke.sh", "apply", *GKE, "--image", 'a"b', *TRAIN], "no plain word"),
+    (["gke.sh", "apply", "--dry-run", *GKE, "--config", *RUN_DIR], "--config FILE"),
+    (["gke.sh", "apply", "--dry-run", *GKE, "--topology", "banana", *TRAIN], "--topology 'banana'"),
+    (["gke.sh", "apply", "--dry-run", *GKE, "--topology", "16", *TRAIN], "--topology '16'"),
+    (["gke.sh", "apply", "--dry-run", *GKE, "--chips", "3", *TRAIN], "16 chips; --hosts 4 times"),
+    (["gke.sh", "apply", "--dry-run", *GKE, "--topology", "4x4x4", *TRAIN], "4x4x4 has 64 chips"),
   ],
 )
 def test_a_wrong_command_line_ends_with_one_line_and_code_2(command, missing):
-  done = launch(*command)
+  assert_refused(launch(*command), missing)
+
+
+def assert_refused(done, message):
   assert (done.returncode, done.stdout) == (2, "")
-  assert missing in done.stderr and done.stderr.count("\n") == 1
+  assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+  ("rest", "message"),
+  [
+    (["--config", *RUN_DIR], "--config FILE is missing"),
+    (["--config", "nope.yaml", *RUN_DIR], "--config 'nope.yaml' is no file in"),
+    (["--config=configs", *RUN_DIR], "--config 'configs' is no file in"),
+  ],
+)
+@pytest.mark.parametrize(
+  "command",
+  [["local.sh"], ["slurm.sh", *SLURM], ["slurm_job.sh"], ["tpu_vm.sh", "run", *TPU, *BUCKET]],
+)
+def test_a_configuration_that_is_not_there_is_refused(slurm, command, rest, message):
+  assert_refused(launch(*command, "--dry-run", *rest, **slurm), message)
+
+
+def test_local_is_for_cpus_and_gpus():
+  done = launch("local.sh", "--dry-run", *TRAIN, *RUN_DIR, JAX_PLATFORMS="tpu")
+  assert_refused(done, "JAX_PLATFORMS 'tpu' must be cpu or cuda")
+
+
+@pytest.mark.parametrize("name", ["SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_JOB_NUM_NODES"])
+def test_slurm_job_says_what_the_job_lacks(slurm, name):
+  done = launch("slurm_job.sh", "--dry-run", *TRAIN, *RUN_DIR, **{**slurm, name: ""})
+  assert_refused(done, f"{name} is not set")
+
+
+@pytest.mark.parametrize("command", [["local.sh"], ["slurm.sh", *SLURM], ["slurm_job.sh"]])
+def test_a_python_that_is_not_there_is_named_with_the_set_up(slurm, command):
+  done = launch(*command, *TRAIN, *RUN_DIR, **{**slurm, "PYTHON": "nowhere/python"})
+  assert_refused(done, "Python 'nowhere/python' is not here: run 'make train' once")
+
+
+@pytest.mark.parametrize(
+  ("command", "name"),
+  [
+    (["slurm.sh", *SLURM, *TRAIN, *RUN_DIR], "sbatch"),
+    (["slurm_job.sh", *TRAIN, *RUN_DIR], "scontrol"),
+    (["tpu_vm.sh", "run", *TPU, *BUCKET, *TRAIN], "gcloud"),
+    (["gke.sh", "logs", "--name", "tree"], "kubectl"),
+  ],
+)
+def test_a_program_that_is_not_installed_is_named(slurm, tmp_path, command, name):
+  (tmp_path / "few").mkdir()
+  for needed in ("bash", "dirname"):
+    (tmp_path / "few" / needed).symlink_to(shutil.which(needed))
+  done = launch(*command, **{**slurm, "PATH": str(tmp_path / "few")})
+  assert_refused(done, f"{name} is not on the PATH")
 
 
 def test_local_dry_run_gives_each_process_its_share_of_the_devices():
