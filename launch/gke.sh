@@ -21,11 +21,18 @@ cd "$(dirname "$0")/.."
 source launch/lib.sh
 
 apply() {
-  local key text args='' word
+  local key text args='' word topology product
   local keys=(name image accelerator topology hosts chips claim)
   need "${keys[@]}"
+  topology=${option[topology]}
   need_count hosts chips
-  (($#)) || die "--config FILE is missing"
+  [[ $topology =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] ||
+    die "--topology '$topology' must be like 4x4 or 4x4x4"
+  product=$((${topology//x/*}))
+  ((product == option[hosts] * option[chips])) ||
+    die "--topology $topology has $product chips; --hosts ${option[hosts]} times --chips" \
+      "${option[chips]} must be as many"
+  [[ -n $(value_of config "$@") ]] || die "--config FILE is missing"
   [[ -z $(value_of run-dir "$@") ]] || die "--run-dir is the claim's folder --name; leave it out"
   for word; do
     [[ $word != *[[:cntrl:]]* ]] || die "an argument holds a control character"
@@ -56,6 +63,7 @@ read_options "name image accelerator topology hosts chips claim" "" "$@"
 need name
 name=${option[name]}
 [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || die "--name '$name' must be of a-z, 0-9 and -"
+$DRY_RUN || need_program kubectl
 case $task in
   apply) apply "${rest[@]}" ;;
   logs)

@@ -64,11 +64,32 @@ value_of() {
   shift
   while (($#)); do
     case $1 in
-      "--$name") printf '%s' "${2-}"; return ;;
+      "--$name") [[ ${2-} == -* ]] || printf '%s' "${2-}"; return ;;
       "--$name="*) printf '%s' "${1#*=}"; return ;;
     esac
     shift
   done
+}
+
+# need_config WORD...: dies unless the arguments of spo_jax.train name a configuration of this
+# checkout.
+need_config() {
+  local file
+  file=$(value_of config "$@")
+  [[ -n $file ]] || die "--config FILE is missing"
+  [[ -f $file ]] || die "--config '$file' is no file in $PWD; configs/ has some"
+}
+
+# need_program NAME: dies where it is not installed.
+need_program() {
+  command -v "$1" >/dev/null || die "$1 is not on the PATH: run this where it is, or see --dry-run"
+}
+
+# need_python: the same for the Python of the trainer.
+need_python() {
+  local python=${PYTHON:-.venv/bin/python}
+  command -v "$python" >/dev/null ||
+    die "Python '$python' is not here: run 'make train' once, which sets up .venv, or set PYTHON"
 }
 
 quoted() {

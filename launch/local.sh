@@ -8,7 +8,8 @@
 #                    GPUs with JAX_PLATFORMS=cuda
 #   --dry-run        print the commands, start nothing
 #
-# Its exit code is that of the first process that fails. Ctrl-C and SIGTERM are passed on.
+# Its exit code is that of the first process that fails. Ctrl-C and SIGTERM are passed on, and a
+# terminal that closes counts as SIGTERM.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/lib.sh
@@ -22,15 +23,19 @@ option[devices]=${option[devices]-$processes}
 need_count devices
 ((option[devices] % processes == 0)) ||
   die "--devices ${option[devices]} is no multiple of --processes $processes"
-((${#rest[@]})) || die "--config FILE is missing"
+need_config "${rest[@]}"
 [[ -n $(value_of run-dir "${rest[@]}") ]] ||
   die "--run-dir DIR is missing: the processes must agree on it"
+platform=${JAX_PLATFORMS:-cpu}
+case $platform in
+  cpu | cuda | cuda,cpu | gpu | gpu,cpu) ;;
+  *) die "JAX_PLATFORMS '$platform' must be cpu or cuda here; tpu_vm.sh and gke.sh are for TPUs" ;;
+esac
 
 # Below the ports that the system hands out by itself.
 port=$((20000 + RANDOM % 12000))
 while (: <>"/dev/tcp/localhost/$port") 2>/dev/null; do port=$((port + 1)); done
 
-platform=${JAX_PLATFORMS:-cpu}
 share=$((option[devices] / processes))
 
 # command_of INDEX: sets `words`, the environment and command of a process.
@@ -56,6 +61,7 @@ if $DRY_RUN; then
   echo wait
   exit
 fi
+need_python
 
 declare -A alive=()
 groups=() printers=()
@@ -67,14 +73,22 @@ pass_on() {
 }
 trap 'pass_on INT' INT
 trap 'pass_on TERM' TERM
+# A terminal may tell it twice, and a second SIGTERM would end them before they have saved.
+trap 'trap "" HUP; pass_on TERM' HUP
+
+# They must not go on when this script is killed.
+tied=()
+if setpriv --pdeathsig KILL true 2>/dev/null; then
+  tied=(setpriv --pdeathsig KILL)
+fi
 
 for ((i = 0; i < processes; i++)); do
   command_of "$i"
-  exec {out}> >(trap '' INT TERM; exec sed -u "s/^/[$i] /")
+  exec {out}> >(trap '' INT TERM HUP; exec sed -u "s/^/[$i] /")
   printers+=($!)
   # Job control gives a process a group of its own; without it bash has it ignore Ctrl-C.
   set -m
-  "${words[@]}" >&"$out" 2>&1 {out}>&- </dev/null &
+  "${tied[@]}" "${words[@]}" >&"$out" 2>&1 {out}>&- </dev/null &
   set +m
   alive[$i]=$!
   groups+=($!)

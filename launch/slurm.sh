@@ -19,8 +19,12 @@ source launch/lib.sh
 option=([time]=04:00:00)
 read_options "nodes gpus time partition account" "" "$@"
 need_count nodes gpus
-((${#rest[@]})) || die "--config FILE is missing"
+need_config "${rest[@]}"
 [[ -n $(value_of run-dir "${rest[@]}") ]] || die "--run-dir DIR is missing: all nodes must see it"
+if ! $DRY_RUN; then
+  need_python
+  need_program sbatch
+fi
 
 run sbatch --job-name=spo_jax "--nodes=${option[nodes]}" --ntasks-per-node=1 \
   "--gpus-per-node=${option[gpus]}" "--time=${option[time]}" \

@@ -10,9 +10,14 @@ set -euo pipefail
 source launch/lib.sh
 
 read_options "" "" "$@"
-[[ -n ${SLURM_JOB_ID-} ]] || die "not inside a Slurm job; launch/slurm.sh submits one"
+for name in SLURM_JOB_ID SLURM_JOB_NODELIST SLURM_JOB_NUM_NODES; do
+  [[ -n ${!name-} ]] || die "$name is not set: not inside a Slurm job; launch/slurm.sh submits one"
+done
+need_config "${rest[@]}"
 run_dir=$(value_of run-dir "${rest[@]}")
 [[ -n $run_dir ]] || die "--run-dir DIR is missing"
+need_program scontrol
+$DRY_RUN || need_python
 [[ ! -e $run_dir/config.yaml ]] || rest+=(--resume)
 
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")

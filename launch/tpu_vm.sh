@@ -23,6 +23,7 @@ cd "$(dirname "$0")/.."
 source launch/lib.sh
 
 tpu=(gcloud compute tpus tpu-vm)
+MAX_FAILURES=5  # to create the slice, in a row: there may be room for it a little later
 
 # Steps are chained with &&: errexit does not hold where `run` asks for the exit code.
 create() {
@@ -64,11 +65,17 @@ delete() {
 }
 
 state() {
-  "${tpu[@]}" describe "${where[@]}" --format='value(state)' 2>/dev/null || echo MISSING
+  local error
+  {
+    error=$("${tpu[@]}" describe "${where[@]}" --format='value(state)' 2>&1 >&3) || {
+      [[ $error == *NOT_FOUND* ]] || echo "$error" >&2
+      echo MISSING
+    }
+  } 3>&1
 }
 
 until_done() {
-  local code now is_set_up=false
+  local code now is_set_up=false failures=0
   if $DRY_RUN; then
     create; setup; train "$@"
     echo "# exit code 0: done. Else the state of the slice decides:"
@@ -83,9 +90,18 @@ until_done() {
     now=$(state)
     if [[ $now != READY ]]; then
       is_set_up=false
-      { [[ $now == MISSING ]] || delete; } && create || code=$?
+      if ! { { [[ $now == MISSING ]] || delete; } && create; }; then
+        failures=$((failures + 1))
+        ((failures < MAX_FAILURES)) ||
+          die "creating '${option[name]}' failed $failures times in a row: mend what gcloud says" \
+            "above (project, quota, --zone, --type), then run this again"
+        echo "$0: no slice yet (failure $failures of $MAX_FAILURES); trying again in a minute" >&2
+        sleep 60
+        continue
+      fi
+      failures=0
     fi
-    if ((!code)) && ! $is_set_up; then
+    if ! $is_set_up; then
       setup && is_set_up=true || code=$?
     fi
     if ((!code)); then
@@ -118,9 +134,10 @@ fi
 if [[ $task == train || $task == run ]]; then
   need bucket run
   [[ ${option[bucket]} != */* ]] || die "--bucket '${option[bucket]}' must be a name, without gs://"
-  ((${#rest[@]})) || die "--config FILE is missing"
+  need_config "${rest[@]}"
   [[ -z $(value_of run-dir "${rest[@]}") ]] || die "--run-dir is the bucket's --run; leave it out"
 fi
+$DRY_RUN || need_program gcloud
 case $task in
   train) train "${rest[@]}" ;;
   run) until_done "${rest[@]}" ;;

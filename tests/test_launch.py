@@ -82,6 +82,7 @@ def test_help_is_the_header_and_names_every_option(script):
     (["local.sh", "--devices", "4", "--verbose", *TRAIN], "--verbose is no option"),
     (["local.sh", "4", *TRAIN], "'4' is no option"),
     (["local.sh", *TRAIN], "--run-dir DIR"),
+    (["local.sh", *TRAIN, "--run-dir", "--resume"], "--run-dir DIR"),
     (["local.sh", "--processes"], "--processes needs a value"),
     (["local.sh", "--processes", "0"], "--processes '0'"),
     (["local.sh", "--processes", "2", "--devices", "3", *TRAIN, *RUN_DIR], "no multiple"),
@@ -105,12 +106,70 @@ def test_help_is_the_header_and_names_every_option(script):
     (["gke.sh", "apply", *GKE], "--config FILE"),
     (["gke.sh", "apply", *GKE, *TRAIN, *RUN_DIR], "leave it out"),
     (["gke.sh", "apply", *GKE, "--image", 'a"b', *TRAIN], "no plain word"),
+    (["gke.sh", "apply", "--dry-run", *GKE, "--config", *RUN_DIR], "--config FILE"),
+    (["gke.sh", "apply", "--dry-run", *GKE, "--topology", "banana", *TRAIN], "--topology 'banana'"),
+    (["gke.sh", "apply", "--dry-run", *GKE, "--topology", "16", *TRAIN], "--topology '16'"),
+    (["gke.sh", "apply", "--dry-run", *GKE, "--chips", "3", *TRAIN], "16 chips; --hosts 4 times"),
+    (["gke.sh", "apply", "--dry-run", *GKE, "--topology", "4x4x4", *TRAIN], "4x4x4 has 64 chips"),
   ],
 )
 def test_a_wrong_command_line_ends_with_one_line_and_code_2(command, missing):
-  done = launch(*command)
+  assert_refused(launch(*command), missing)
+
+
+def assert_refused(done, message):
   assert (done.returncode, done.stdout) == (2, "")
-  assert missing in done.stderr and done.stderr.count("\n") == 1
+  assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+  ("rest", "message"),
+  [
+    (["--config", *RUN_DIR], "--config FILE is missing"),
+    (["--config", "nope.yaml", *RUN_DIR], "--config 'nope.yaml' is no file in"),
+    (["--config=configs", *RUN_DIR], "--config 'configs' is no file in"),
+  ],
+)
+@pytest.mark.parametrize(
+  "command",
+  [["local.sh"], ["slurm.sh", *SLURM], ["slurm_job.sh"], ["tpu_vm.sh", "run", *TPU, *BUCKET]],
+)
+def test_a_configuration_that_is_not_there_is_refused(slurm, command, rest, message):
+  assert_refused(launch(*command, "--dry-run", *rest, **slurm), message)
+
+
+def test_local_is_for_cpus_and_gpus():
+  done = launch("local.sh", "--dry-run", *TRAIN, *RUN_DIR, JAX_PLATFORMS="tpu")
+  assert_refused(done, "JAX_PLATFORMS 'tpu' must be cpu or cuda")
+
+
+@pytest.mark.parametrize("name", ["SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_JOB_NUM_NODES"])
+def test_slurm_job_says_what_the_job_lacks(slurm, name):
+  done = launch("slurm_job.sh", "--dry-run", *TRAIN, *RUN_DIR, **{**slurm, name: ""})
+  assert_refused(done, f"{name} is not set")
+
+
+@pytest.mark.parametrize("command", [["local.sh"], ["slurm.sh", *SLURM], ["slurm_job.sh"]])
+def test_a_python_that_is_not_there_is_named_with_the_set_up(slurm, command):
+  done = launch(*command, *TRAIN, *RUN_DIR, **{**slurm, "PYTHON": "nowhere/python"})
+  assert_refused(done, "Python 'nowhere/python' is not here: run 'make train' once")
+
+
+@pytest.mark.parametrize(
+  ("command", "name"),
+  [
+    (["slurm.sh", *SLURM, *TRAIN, *RUN_DIR], "sbatch"),
+    (["slurm_job.sh", *TRAIN, *RUN_DIR], "scontrol"),
+    (["tpu_vm.sh", "run", *TPU, *BUCKET, *TRAIN], "gcloud"),
+    (["gke.sh", "logs", "--name", "tree"], "kubectl"),
+  ],
+)
+def test_a_program_that_is_not_installed_is_named(slurm, tmp_path, command, name):
+  (tmp_path / "few").mkdir()
+  for needed in ("bash", "dirname"):
+    (tmp_path / "few" / needed).symlink_to(shutil.which(needed))
+  done = launch(*command, **{**slurm, "PATH": str(tmp_path / "few")})
+  assert_refused(done, f"{name} is not on the PATH")
 
 
 def test_local_dry_run_gives_each_process_its_share_of_the_devices():
@@ -261,6 +320,29 @@ def test_tpu_run_recreates_a_preempted_slice_and_stops_at_a_failure(
   assert done.returncode == code, done.stderr
 
 
+@pytest.mark.parametrize("answer", ["NOT_FOUND: no such node", "no project is set"])
+def test_tpu_run_ends_when_no_slice_can_be_created(tmp_path, answer):
+  gcloud = f'[[ $4 == describe ]] && echo "{answer}" >&2 || echo "did $4"; exit 1'
+  path = fake_programs(tmp_path / "bin", gcloud=gcloud, sleep='echo "did sleep"')
+  done = launch("tpu_vm.sh", "run", *TPU, *BUCKET, *TRAIN, PATH=path)
+  assert done.returncode == 2
+  assert re.findall(r"did (create|sleep)", done.stdout) == ["create", "sleep"] * 4 + ["create"]
+  assert done.stderr.count("NOT_FOUND") == 0
+  assert done.stderr.count("no project is set") == (5 if answer == "no project is set" else 0)
+  assert "creating 'pod' failed 5 times in a row" in done.stderr.splitlines()[-1]
+
+
+def test_tpu_run_takes_a_slice_that_it_did_not_see_for_a_moment(tmp_path):
+  gcloud = (
+    'case $4 in\ndescribe) [[ -e $T/tried ]] && echo READY ;;\n'
+    'create) touch "$T/tried"; echo ALREADY_EXISTS >&2; exit 1 ;;\n*) echo "did $4" ;;\nesac'
+  )
+  path = fake_programs(tmp_path / "bin", gcloud=gcloud, sleep="", git="", mkdir="")
+  done = launch("tpu_vm.sh", "run", *TPU, *BUCKET, *TRAIN, PATH=path, T=str(tmp_path))
+  assert (done.returncode, done.stdout) == (0, "did scp\ndid ssh\ndid ssh\n"), done.stderr
+  assert "ALREADY_EXISTS" in done.stderr and "failure 1 of 5" in done.stderr
+
+
 def test_jobset_runs_one_pod_per_host_and_does_not_count_preemptions():
   out = dry_run("gke.sh", "apply", "--dry-run", *GKE, *TRAIN, "--set", 'a="&\\')
   command, text = out.split("\n", 1)
@@ -311,10 +393,12 @@ def local(tmp_path):
 
   def start(body, *options):
     command = [LAUNCH / "local.sh", *options, *TRAIN, *RUN_DIR]
+    command = ["env", "--default-signal=HUP", *command]  # nohup may have started the tests
     env = environment(PYTHON=program(tmp_path / "python", body))
     with heeding_ctrl_c():
       started.append(subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
+        start_new_session=True,
       ))  # fmt: skip
     return started[-1]
 
@@ -352,9 +436,12 @@ def test_local_kills_what_is_left_when_a_process_dies_and_returns_its_code(local
   assert 9 < time.monotonic() - start < 25
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+# A terminal that closes is told on as SIGTERM, which the trainer knows.
+@pytest.mark.parametrize(
+  ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)]
+)
 def test_local_passes_a_signal_on_once_and_waits(local, number, code):
-  name = number.name.removeprefix("SIG")
+  name = "INT" if number == signal.SIGINT else "TERM"
   # Process 1 needs longer to save than process 0, and must be left alone meanwhile.
   script = local(
     f"trap 'asked=1$asked' {name}; trap 'asked=twice' {'INT' if name == 'TERM' else 'TERM'}; "
@@ -362,11 +449,24 @@ def test_local_passes_a_signal_on_once_and_waits(local, number, code):
     f"echo saved $asked; exit {code}"
   )
   assert {script.stdout.readline() for _ in range(2)} == {"[0] up\n", "[1] up\n"}
-  script.send_signal(number)
+  if number == signal.SIGHUP:
+    for _ in range(2):  # to all in front of the terminal, from the shell and from the kernel
+      os.killpg(script.pid, number)
+      time.sleep(0.3)
+  else:
+    script.send_signal(number)
   out, err = script.communicate(timeout=30)
   assert sorted(out.splitlines()) == ["[0] saved 1", "[1] saved 1"]
   assert "the others have" not in err
   assert script.returncode == code
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="setpriv of util-linux ties them to it")
+def test_local_processes_end_when_the_script_is_killed(local):
+  script = local("echo up; exec sleep 60")
+  assert {script.stdout.readline() for _ in range(2)} == {"[0] up\n", "[1] up\n"}
+  script.kill()
+  script.communicate(timeout=10)  # the pipe ends with the last of them
 
 
 def shellcheck():
