@@ -154,6 +154,29 @@ def test_other_topologies_are_refused(text):
     parse_topology(text)
 
 
+@pytest.mark.parametrize("text", ["v5e:1x1", "v6e:16x16", "v5p:2x2x1", "v4:2x4x4", "v5p:8x8x16"])
+def test_slices_that_exist(text):
+  assert parse_topology(text).name == text
+
+
+@pytest.mark.parametrize(
+  "text",
+  ["v5e:4x4x4", "v5e:32x32", "v5e:1000x1000", "v5e:2x16", "v5e:2x2x4", "v6e:4x2", "v5p:4x4",
+   "v5p:1x1x1", "v5p:4x2x2", "v4:6x6x6", "v5p:8x4x4", "v5p:32x32x32",
+   "v5p:4x4x1000000"],
+)  # fmt: skip
+def test_slices_that_do_not_exist_are_refused(text):
+  with pytest.raises(ConfigError, match=f"--topology {text} is no slice of v.*Give one of .*2x2"):
+    parse_topology(text)
+
+
+@pytest.mark.parametrize("text", ["cpu:1025", "cpu:9999", "cpu:" + "9" * 5000])
+def test_too_many_virtual_devices_are_refused(text):
+  assert parse_topology("cpu:1024").devices == 1024
+  with pytest.raises(ConfigError, match="1024 at most"):
+    parse_topology(text)
+
+
 HLO = """HloModule jit_f, is_scheduled=true
 
 %inner_body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
