@@ -145,10 +145,10 @@ def test_topologies():
   assert parse_topology("v5e:4x4").devices == 16
   assert parse_topology("v5p:4x4x4").devices == 64
   assert parse_topology("v6e:16x16").hbm_bytes == 32 * 2**30
-  assert (parse_topology("cpu:8").devices, parse_topology("local").hbm_bytes) == (8, None)
+  assert (parse_topology("cpu:1024").devices, parse_topology("local").hbm_bytes) == (1024, None)
 
 
-@pytest.mark.parametrize("text", ["v5e", "v5e:4", "v9:4x4", "cpu:0", "cpu", "v5e:4x4x4x4", ""])
+@pytest.mark.parametrize("text", ["v5e", "v5e:4", "v9:4x4", "cpu:0", "cpu:1025", "cpu:9999", ""])
 def test_other_topologies_are_refused(text):
   with pytest.raises(ConfigError, match="is not a slice of v4, v5e, v5p, v6e"):
     parse_topology(text)
@@ -167,13 +167,6 @@ def test_slices_that_exist(text):
 )  # fmt: skip
 def test_slices_that_do_not_exist_are_refused(text):
   with pytest.raises(ConfigError, match=f"--topology {text} is no slice of v.*Give one of .*2x2"):
-    parse_topology(text)
-
-
-@pytest.mark.parametrize("text", ["cpu:1025", "cpu:9999", "cpu:" + "9" * 5000])
-def test_too_many_virtual_devices_are_refused(text):
-  assert parse_topology("cpu:1024").devices == 1024
-  with pytest.raises(ConfigError, match="1024 at most"):
     parse_topology(text)
 
 
