@@ -259,11 +259,11 @@ def test_an_axis_may_take_a_part_of_a_side_of_a_slice(tiny):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-@pytest.mark.parametrize("topology", ["v5e:1x1", "v6e:1x1"])
-def test_one_chip_is_a_slice(tiny, topology):
+@pytest.mark.parametrize(("topology", "chips"), [("v5e:1x1", 1), ("v6e:1x1", 1), ("v4:2x2x1", 4)])
+def test_every_chip_of_a_slice_is_one_device(tiny, topology, chips):
   done = command("--config", tiny, "--topology", topology, "--only", "prefill", "--json")
   assert done.returncode == 0, done.stderr
-  assert json.loads(done.stdout)["chips"] == 1
+  assert json.loads(done.stdout)["chips"] == chips
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")

@@ -68,11 +68,14 @@ def _slice_devices(topology: Topology) -> list[jax.Device]:
     os.environ.setdefault(name, value)
   from jax.experimental import topologies
 
-  # A host has 2x2 chips, which libtpu assumes of one chip too.
-  bounds = {"chips_per_host_bounds": (1, 1, 1)} if topology.devices == 1 else {}
+  options: dict[str, Any] = {}
+  if topology.devices == 1:  # libtpu assumes hosts of 2x2 chips
+    options["chips_per_host_bounds"] = (1, 1, 1)
+  if topology.name.startswith("v4:"):  # both cores of a chip are one device
+    options["chip_config_name"] = "megacore"
   try:
     with _stderr():
-      described = topologies.get_topology_desc(topology.name, "tpu", **bounds)
+      described = topologies.get_topology_desc(topology.name, "tpu", **options)
     return list(described.devices)
   except Exception as error:  # of libtpu, which names no type
     raise ConfigError(
