@@ -145,12 +145,28 @@ def test_topologies():
   assert parse_topology("v5e:4x4").devices == 16
   assert parse_topology("v5p:4x4x4").devices == 64
   assert parse_topology("v6e:16x16").hbm_bytes == 32 * 2**30
-  assert (parse_topology("cpu:8").devices, parse_topology("local").hbm_bytes) == (8, None)
+  assert (parse_topology("cpu:1024").devices, parse_topology("local").hbm_bytes) == (1024, None)
 
 
-@pytest.mark.parametrize("text", ["v5e", "v5e:4", "v9:4x4", "cpu:0", "cpu", "v5e:4x4x4x4", ""])
+@pytest.mark.parametrize("text", ["v5e", "v5e:4", "v9:4x4", "cpu:0", "cpu:1025", "cpu:9999", ""])
 def test_other_topologies_are_refused(text):
   with pytest.raises(ConfigError, match="is not a slice of v4, v5e, v5p, v6e"):
+    parse_topology(text)
+
+
+@pytest.mark.parametrize("text", ["v5e:1x1", "v6e:16x16", "v5p:2x2x1", "v4:2x4x4", "v5p:8x8x16"])
+def test_slices_that_exist(text):
+  assert parse_topology(text).name == text
+
+
+@pytest.mark.parametrize(
+  "text",
+  ["v5e:4x4x4", "v5e:32x32", "v5e:1000x1000", "v5e:2x16", "v5e:2x2x4", "v6e:4x2", "v5p:4x4",
+   "v5p:1x1x1", "v5p:4x2x2", "v4:6x6x6", "v5p:8x4x4", "v5p:32x32x32",
+   "v5p:4x4x1000000"],
+)  # fmt: skip
+def test_slices_that_do_not_exist_are_refused(text):
+  with pytest.raises(ConfigError, match=f"--topology {text} is no slice of v.*Give one of .*2x2"):
     parse_topology(text)
 
 

@@ -36,9 +36,9 @@ def tiny(tmp_path_factory):
   return file
 
 
-def command(*arguments):
+def command(*arguments, platforms="cpu"):
   path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-  environment = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+  environment = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": platforms}
   return subprocess.run(
     [sys.executable, "-m", "spo_jax.plan", *map(str, arguments)], env=environment,
     capture_output=True, text=True,
@@ -136,6 +136,8 @@ def test_a_run_that_cannot_fit_ends_with_3(tiny):
   ("arguments", "said"),
   [
     (["--topology", "v9:4x4"], "--topology v9:4x4"),
+    (["--topology", "v5e:4x4x4"], "--topology v5e:4x4x4 is no slice of v5e"),
+    (["--topology", "cpu:9999"], "virtual devices, 1024 at most"),
     (["--topology", "cpu:8", "--hbm", "-1"], "--hbm -1"),
     (["--set", "model.num_heads=3"], "model.num_heads=3"),
     (["--only", "drow"], "--only drow is none of prefill, grow level 1"),
@@ -147,6 +149,13 @@ def test_wrong_usage_is_one_line_and_2(tiny, capsys, arguments, said):
   out, error = capsys.readouterr()
   assert out == "" and error.startswith("error: ") and error.count("\n") == 1, error
   assert said in error
+
+
+@pytest.mark.parametrize("platforms", ["banana", "cuda"])
+def test_a_machine_without_the_platform_is_one_line_and_2(tiny, platforms):
+  done = command("--config", tiny, "--only", "prefill", platforms=platforms)
+  assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+  assert f"local finds no devices with JAX_PLATFORMS={platforms}" in done.stderr
 
 
 def evaluations(*settings):
@@ -247,3 +256,21 @@ def test_an_axis_may_take_a_part_of_a_side_of_a_slice(tiny):
   assert done.returncode == 0, done.stderr
   plan = json.loads(done.stdout)["as_configured"]
   assert plan["mesh"] == {"data": 1, "fsdp": 8, "tensor": 8}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.parametrize(("topology", "chips"), [("v5e:1x1", 1), ("v6e:1x1", 1), ("v4:2x2x1", 4)])
+def test_every_chip_of_a_slice_is_one_device(tiny, topology, chips):
+  done = command("--config", tiny, "--topology", topology, "--only", "prefill", "--json")
+  assert done.returncode == 0, done.stderr
+  assert json.loads(done.stdout)["chips"] == chips
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_a_kernel_of_tpus_may_be_asked_for(tiny):
+  """Parameters are counted and laid out for the chips too, not for the CPU that plans."""
+  done = command(
+    "--config", tiny, "--topology", "v5e:2x2", "--only", "prefill", "--json",
+    "--set", "model.attention=splash",
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr

@@ -34,14 +34,29 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 def described_devices(topology: Topology) -> list[jax.Device]:
   """Devices to compile for. Nothing of jax may have run in this process before.
 
-  Raises: ConfigError where the compiler is missing or does not know the slice.
+  Raises: ConfigError where there are none, or the compiler is missing or does not know the slice.
   """
   if topology.kind == "local":
-    return jax.devices()
+    return _local_devices()
   jax.config.update("jax_platforms", "cpu")
   if topology.kind == "cpu":
     jax.config.update("jax_num_cpu_devices", topology.devices)
     return jax.devices()
+  return _slice_devices(topology)
+
+
+def _local_devices() -> list[jax.Device]:
+  try:
+    return jax.devices()
+  except Exception as error:  # jax asserts, too, that there is a platform
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    raise ConfigError(
+      f"--topology local finds no devices with JAX_PLATFORMS={asked}. Unset it, or plan for cpu:N. "
+      f"{_one_line(error)}"
+    ) from error
+
+
+def _slice_devices(topology: Topology) -> list[jax.Device]:
   if importlib.util.find_spec("libtpu") is None:
     raise ConfigError(
       f"--topology {topology.name} needs the TPU compiler libtpu, which is not installed. Install "
@@ -53,13 +68,23 @@ def described_devices(topology: Topology) -> list[jax.Device]:
     os.environ.setdefault(name, value)
   from jax.experimental import topologies
 
+  options: dict[str, Any] = {}
+  if topology.devices == 1:  # libtpu assumes hosts of 2x2 chips
+    options["chips_per_host_bounds"] = (1, 1, 1)
+  if topology.name.startswith("v4:"):  # both cores of a chip are one device
+    options["chip_config_name"] = "megacore"
   try:
     with _stderr():
-      described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name)
+      described = topologies.get_topology_desc(topology.name, "tpu", **options)
     return list(described.devices)
   except Exception as error:  # of libtpu, which names no type
-    said = " ".join(str(error).split())[:200]
-    raise ConfigError(f"--topology {topology.name} is not known to libtpu: {said}") from error
+    raise ConfigError(
+      f"--topology {topology.name} is not known to libtpu: {_one_line(error)}"
+    ) from error
+
+
+def _one_line(error: Exception) -> str:
+  return " ".join(str(error).split())[:200]
 
 
 @dataclass(frozen=True)
