@@ -28,13 +28,14 @@ from spo_jax.config import load
 from spo_jax.experiment import build
 from spo_jax.packing import EdgeBuffer, optimiser_batches
 from spo_jax.structs import Requests
-from spo_jax.update import init_state, policy_update
+from spo_jax.update import init_state, make_optimizer, policy_update
 
 MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2), (2, 1, 4))
+TIED = ((1, 1, 1), (1, 4, 2))  # with a head that is the embedding
 RESHARDED = (1, 8, 1), (4, 1, 2)  # meshes of training and of rollouts
 SETTINGS = [
   "model.hidden_size=32", "model.intermediate_size=64", "model.num_layers=1", "model.num_heads=4",
-  "model.num_kv_heads=4", "model.head_dim=24", "model.tie_embeddings=false", "model.qkv_bias=true",
+  "model.num_kv_heads=4", "model.head_dim=24", "model.qkv_bias=true",
   "model.tokenizer_tokens=264", "task.name=countdown", "task.prompt=plain",
   "task.unfinished_penalty=1", "spo.threshold=0.9", "spo.interval=8", "spo.continuations=2",
   "spo.branch_factors=[2,2]", "spo.segment_tokens=4", "spo.edges_per_iteration=16",
@@ -46,7 +47,10 @@ head.SMALL_VOCABULARY = 0  # packed as a large one
 
 
 def run(
-  mesh: tuple[int, int, int], out: Path, rollout_mesh: tuple[int, int, int] = (0, 0, 0)
+  mesh: tuple[int, int, int],
+  out: Path,
+  rollout_mesh: tuple[int, int, int] = (0, 0, 0),
+  tied: bool = False,
 ) -> None:
   axes = [f"mesh.{axis}={size}" for axis, size in zip(sharding.AXES, mesh)]
   axes += [f"rollout.mesh.{axis}={size}" for axis, size in zip(sharding.AXES, rollout_mesh)]
@@ -56,12 +60,15 @@ def run(
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
       kept[f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}"] = np.asarray(leaf)
 
-  experiment = build(load(None, [*SETTINGS, *axes]))
+  experiment = build(load(None, [*SETTINGS, *axes, f"model.tie_embeddings={tied}".lower()]))
   config, places = experiment.config, experiment.mesh
   with jax.set_mesh(places):
     params = experiment.init_params()
     state = init_state(params, KEEP_GRADIENT)
     facts: dict[str, object] = {"bytes_per_device": bytes_per_device(state)}
+    trained = init_state(params, make_optimizer(config.optimizer))
+    trained = jax.device_put(trained, sharding.placements(trained, places))  # as a run does
+    facts["optimizer_bytes_per_device"] = bytes_per_device(trained.opt_state)
     reference = jax.tree.map(lambda x: x * 0.9, params)
     with jax.transfer_guard("disallow_explicit"):
       placed = experiment.engine.place(params)
@@ -77,6 +84,7 @@ def run(
       keep(algorithm, rows)
     facts["reshard_seconds"] = experiment.engine.take_counts()[1]["reshard"]
 
+    rows = rows.replace(logprobs=of_an_older_policy(rows.logprobs))
     for name, pack_tokens in (("packed", 200), ("update", 0)):
       batch, used = next(
         iter(optimiser_batches(rows, 16, 8, 1, np.random.default_rng(0), pack_tokens))
@@ -93,9 +101,14 @@ def run(
       new_state, metrics = update(*arguments)
       keep(name, (metrics, new_state.opt_state))
     facts["bytes_after"] = bytes_per_device(new_state)
-  name = "x".join(map(str, mesh)) + "-resharded" * any(rollout_mesh)
+  name = "x".join(map(str, mesh)) + "-resharded" * any(rollout_mesh) + "-tied" * tied
   np.savez(out / f"{name}.npz", **kept)
   (out / f"{name}.json").write_text(json.dumps(facts))
+
+
+def of_an_older_policy(logprobs: np.ndarray) -> np.ndarray:
+  """Each moved by at most 0.4 nats, always alike: ratios are not 1, and some are clipped."""
+  return logprobs + 0.4 * np.sin(np.arange(logprobs.size, dtype=np.float32)).reshape(logprobs.shape)
 
 
 def rollout_collectives(experiment, params) -> dict[str, object]:
@@ -124,5 +137,7 @@ def bytes_per_device(tree) -> list[int]:
 if __name__ == "__main__":
   for mesh in MESHES:
     run(mesh, Path(sys.argv[1]))
+  for mesh in TIED:
+    run(mesh, Path(sys.argv[1]), tied=True)
   print("resharded", file=sys.stderr, flush=True)
   run(RESHARDED[0], Path(sys.argv[1]), RESHARDED[1])
