@@ -122,8 +122,7 @@ def test_parameters_are_rounded_once_for_a_rollout(rollout):
   engine.config = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
   grow, given = engine.grow, []
   engine.grow = lambda params, *rest, **more: given.append(params) or grow(params, *rest, **more)
-  rollout(engine)
-  assert given and all(p["embed_tokens"].dtype == "bfloat16" for p in given)
+  assert rollout(engine) and given and all(p["embed_tokens"].dtype == "bfloat16" for p in given)
 
 
 class PrefillsPerSample(Recorder):
