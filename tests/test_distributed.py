@@ -57,8 +57,8 @@ def start(processes, config, run_dir, *options, settings=SETTINGS, programs=None
   return start_command(processes, *run, *options, "--set", *settings, programs=programs)
 
 
-def start_command(processes, *command, programs=None):
-  """Starts the processes of one command of spo_jax; `programs` of some stand for the module."""
+def start_command(processes, *command, package="spo_jax", programs=None):
+  """Starts the processes of one command of a package; `programs` of some stand for the module."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
@@ -69,7 +69,7 @@ def start_command(processes, *command, programs=None):
       "SPO_PROCESS_ID": str(i),
     }  # fmt: skip
     share = f"--xla_force_host_platform_device_count={DEVICES // processes}"
-    module = (programs or {}).get(i, ["-m", f"spo_jax.{command[0]}"])
+    module = (programs or {}).get(i, ["-m", f"{package}.{command[0]}"])
     program = [sys.executable, *module, *command[1:]]
     started.append(
       popen(program, {**(names if processes > 1 else {}), "XLA_FLAGS": f"{share} {FLAGS}"})
@@ -124,7 +124,7 @@ def alone(config, shared):
 
 @pytest.mark.devices
 def test_two_processes_and_then_four_are_the_run_of_one(config, alone, tmp_path):
-  """Two are stopped by SIGTERM to one of them, four go on."""
+  """Two are stopped by SIGTERM to one of them, four go on, on another mesh."""
   started = start(2, config, tmp_path)
   wait_for_records(3, tmp_path, started[0])
   started[1].send_signal(signal.SIGTERM)
@@ -134,7 +134,8 @@ def test_two_processes_and_then_four_are_the_run_of_one(config, alone, tmp_path)
   done = len(metrics(tmp_path))
   assert 3 <= done < len(metrics(alone))
 
-  results = finish(start(4, config, tmp_path, "--resume"))
+  other_mesh = [*SETTINGS, "mesh.data=1", "mesh.fsdp=4"]
+  results = finish(start(4, config, tmp_path, "--resume", settings=other_mesh))
   for code, _, err in results:
     assert code == 0, err[-2000:]
   assert "Held-out accuracy" in results[0][1]
@@ -143,9 +144,9 @@ def test_two_processes_and_then_four_are_the_run_of_one(config, alone, tmp_path)
   assert_close_runs(tmp_path, alone)
 
 
-def assert_close_runs(run_dir, reference):
+def assert_close_runs(run_dir, reference, *ignored):
   """Metrics up to the order in which devices sum; texts and accuracies exactly."""
-  ours, theirs = metrics(run_dir, "compile/"), metrics(reference, "compile/")
+  ours, theirs = (metrics(run, "compile/", *ignored) for run in (run_dir, reference))
   assert len(ours) == len(theirs)
   for mine, expected in zip(ours, theirs):
     assert mine == pytest.approx(expected, abs=1e-5, rel=1e-5)
@@ -211,6 +212,43 @@ def test_an_evaluation_by_two_processes_is_that_of_one(alone, tmp_path):
   refused = finish(start_command(2, *asked, "--seed", 1, "--output", two))
   for code, _, err in refused:
     assert code == 2 and "seed=0, not 1" in err
+
+
+@pytest.mark.devices
+def test_trees_with_a_reference_and_the_best_policy_move_to_another_mesh(config, tmp_path):
+  """State, reference, best parameters and edges of two processes, read by four and by one."""
+  asked = ["algorithm=tree", "train.kl.coefficient=0.1", "eval.validation_problems=8",
+           "sft.max_steps=2", "train.micro_batch_rows=4", "eval.every=2"]  # fmt: skip
+  square, other = ["mesh.data=2", "mesh.fsdp=2"], ["mesh.fsdp=2", "mesh.tensor=2"]
+  for processes, directory, iterations, mesh in (
+    (1, "one", 8, square), (2, "moved", 4, square), (4, "moved", 6, other), (1, "moved", 8, other),
+  ):  # fmt: skip
+    settings = [*asked, *mesh, f"train.iterations={iterations}"]
+    resume = ["--resume"] if iterations > 4 and directory == "moved" else []
+    for code, _, err in finish(
+      start(processes, config, tmp_path / directory, *resume, settings=settings)
+    ):
+      assert code == 0, err[-2000:]
+  one, moved = tmp_path / "one", tmp_path / "moved"
+  assert_close_runs(moved, one, "tokens/slot_steps")  # rows are shared out in another way
+  assert summary(moved)["best"] == summary(one)["best"]
+  assert any(record.get("loss/kl") for record in metrics(one))
+
+
+@pytest.mark.devices
+def test_every_process_grades_only_its_rows(config, alone, tmp_path):
+  """Rollouts, validation and evaluation during training; and the command that evaluates."""
+  run = ["--config", config, "--run-dir", tmp_path / "run", "--set", *SETTINGS,
+         "train.iterations=2", "sft.max_steps=0", "eval.validation_problems=8"]  # fmt: skip
+  asked = ["--model", alone, "--samples", 2, "--limit", 8, "--temperature", 1]
+  for command, options, responses in (
+    # 2 rollouts of 4 x 2; before and behind them 8 greedily, 8 sampled and 8 of validation.
+    ("train", run, 2 * 8 + 2 * 3 * 8),
+    ("evaluate", [*asked, "--output", tmp_path / "evaluation"], 8 * 2),
+  ):
+    for code, _, err in finish(start_command(2, "counted", command, *options, package="tests")):
+      assert code == 0, err[-2000:]
+      assert f"graded {responses // 2}\n" in err, err[-2000:]
 
 
 @pytest.mark.devices
