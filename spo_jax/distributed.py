@@ -126,18 +126,18 @@ def leave(main: Callable[[], int]) -> NoReturn:
   A process that fails while others run ends at once, and they do when they miss it: in an orderly
   exit JAX would wait for them for minutes, and they for this one.
   """
-  is_one_of_many = jax.distributed.is_initialized
   try:
     code = main()
   except Exception:
-    if not is_one_of_many():
+    if not jax.distributed.is_initialized():
       raise
     traceback.print_exc()
     print("error: this process of several failed, and the others end. What is saved is whole: "
           "--resume continues.", file=sys.stderr)  # fmt: skip
     code = 1
   # Where XLA was stopped within a compilation, an orderly exit may crash.
-  if code == INTERRUPTED or (code not in (0, PREEMPTED) and is_one_of_many()):
+  is_failed = code not in (0, PREEMPTED)
+  if code == INTERRUPTED or (is_failed and jax.distributed.is_initialized()):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from spo_jax import hf, model, prompts, sharding, stops, tokenizer, validation
+from spo_jax.attention import kernel_for
 from spo_jax.config import Config, ConfigError, ModelConfig, check_context, config_at
 from spo_jax.layout import behind_prompts, select
 from spo_jax.rollouts import Engine
@@ -226,6 +227,9 @@ def build(config: Config, training: bool = True) -> Experiment:
     stop_table=stops.table(tokens, rollout.stop, model_config.vocab_size) if rollout.stop else None,
   )
   mesh = sharding.make_mesh(config.mesh)
+  with jax.set_mesh(mesh):
+    width = model.head_width(model_config)
+    kernel_for(model_config.attention, model_config.compute_dtype, width)  # or says what is wrong
   rollout_mesh = sharding.make_rollout_mesh(rollout.mesh, mesh)
   check_rows(config, mesh, rollout_mesh, training)
   engine = Engine(

@@ -6,6 +6,7 @@ and a transpose. The key/value cache is an explicit struct, because rollouts for
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -277,8 +278,8 @@ def head_weight(config: ModelConfig, params: Params) -> jax.Array:
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
-  """Fresh float32 parameters."""
-  one = jnp.zeros((1, 1), jnp.int32)
+  """Fresh float32 parameters: the same ones whatever kernel attends, and wherever it runs."""
+  config, one = dataclasses.replace(config, attention="xla"), jnp.zeros((1, 1), jnp.int32)
   return Decoder(config).init(key, one, one, jnp.ones((1, 1), bool))["params"]
 
 

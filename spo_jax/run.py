@@ -39,11 +39,16 @@ def _only(directory: Path, template: Params) -> tuple[int, Params, dict[str, Any
   with Checkpoints(directory, keep=1) as checkpoints:
     restored = checkpoints.restore_newest(template)
   if restored is None:
-    raise CheckpointError(
-      f"{directory} holds no checkpoint. Copy it from where the run is whole, or start a new run."
-    )
+    raise _lost(directory)
   step, params, counters, _ = restored
   return step, params, counters
+
+
+def _lost(directory: Path, before: str = "") -> CheckpointError:
+  return CheckpointError(
+    f"{before}{directory} holds no checkpoint. Copy it from where the run is whole, or start a new "
+    "run."
+  )
 
 
 class Run:
@@ -69,7 +74,8 @@ class Run:
     self._started = time.perf_counter()
     self._totals: dict[str, float] = {"seconds": 0.0, "tokens": 0}
     self._best_accuracy = -1.0
-    self._checkpoints = Checkpoints(run_dir / "checkpoints" / "policy", config.checkpoint.keep)
+    policy = run_dir / "checkpoints" / "policy"
+    self._checkpoints = Checkpoints(policy, config.checkpoint.keep)
     self.iteration = 0
     logged = from_main(log.last())
     if self._checkpoints.latest() is not None:
@@ -77,10 +83,7 @@ class Run:
     elif logged <= config.checkpoint.every:
       self._begin(preemption)
     else:  # a second one is saved when the first is complete
-      raise CheckpointError(
-        f"{run_dir} has logged {logged} iterations, and {run_dir / 'checkpoints' / 'policy'} "
-        "holds no checkpoint. Copy it from where the run is whole, or start a new run."
-      )
+      raise _lost(policy, f"{run_dir} has logged {logged} iterations, and ")
 
   def _begin(self, preemption: Preemption) -> None:
     self.log.resume_at(-1)

@@ -48,11 +48,9 @@ def state_template(
 ) -> TrainState:
   """Shapes, dtypes and placement of a train state, without its values."""
   # The key is made inside, because the devices of the mesh may be described ones.
-  # Attention asks the mesh for the platform whose kernel it takes.
-  with jax.set_mesh(mesh):
-    shapes = jax.eval_shape(
-      lambda: init_state(model.init_params(config, jax.random.key(0)), optimizer)
-    )
+  shapes = jax.eval_shape(
+    lambda: init_state(model.init_params(config, jax.random.key(0)), optimizer)
+  )
   places = sharding.placements(shapes, mesh)
   return jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places

@@ -21,6 +21,10 @@ if __name__ == "__main__":
     return grade_many(self, problems, *rest)
 
   Task.grade_many = counting
-  code = importlib.import_module(f"spo_jax.{sys.argv[1]}").main(sys.argv[2:])
-  print(f"graded {graded}", file=sys.stderr)
-  distributed.leave(code)
+
+  def main() -> int:
+    code = importlib.import_module(f"spo_jax.{sys.argv[1]}").main(sys.argv[2:])
+    print(f"graded {graded}", file=sys.stderr)
+    return code
+
+  distributed.leave(main)

@@ -57,8 +57,8 @@ def start(processes, config, run_dir, *options, settings=SETTINGS, programs=None
   return start_command(processes, *run, *options, "--set", *settings, programs=programs)
 
 
-def start_command(processes, *command, package="spo_jax", programs=None):
-  """Starts the processes of one command of a package; `programs` of some stand for the module."""
+def start_command(processes, *command, programs=None):
+  """Starts the processes of one command of spo_jax; `programs` of some stand for the module."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
@@ -69,7 +69,7 @@ def start_command(processes, *command, package="spo_jax", programs=None):
       "SPO_PROCESS_ID": str(i),
     }  # fmt: skip
     share = f"--xla_force_host_platform_device_count={DEVICES // processes}"
-    module = (programs or {}).get(i, ["-m", f"{package}.{command[0]}"])
+    module = (programs or {}).get(i, ["-m", f"spo_jax.{command[0]}"])
     program = [sys.executable, *module, *command[1:]]
     started.append(
       popen(program, {**(names if processes > 1 else {}), "XLA_FLAGS": f"{share} {FLAGS}"})
@@ -246,7 +246,8 @@ def test_every_process_grades_only_its_rows(config, alone, tmp_path):
     ("train", run, 2 * 8 + 2 * 3 * 8),
     ("evaluate", [*asked, "--output", tmp_path / "evaluation"], 8 * 2),
   ):
-    for code, _, err in finish(start_command(2, "counted", command, *options, package="tests")):
+    counting = {i: ["-m", "tests.counted", command] for i in range(2)}
+    for code, _, err in finish(start_command(2, command, *options, programs=counting)):
       assert code == 0, err[-2000:]
       assert f"graded {responses // 2}\n" in err, err[-2000:]
 

@@ -125,6 +125,17 @@ def test_fresh_parameters_depend_on_the_key_and_are_float32():
   assert all((np.asarray(x) != y).mean() > 0.99 for x, y in matrices)
 
 
+def test_matrices_alone_are_rounded_once():
+  params = tiny.params()
+  assert model.rounded(tiny.CONFIG, params) is params  # float32 is what they are
+  half = dataclasses.replace(tiny.CONFIG, compute_dtype="bfloat16")
+  rounded = model.rounded(half, params)
+  assert model.rounded(half, rounded) is rounded
+  for one, other in zip(jax.tree.leaves(rounded), jax.tree.leaves(params)):
+    assert one.dtype == ("bfloat16" if one.ndim > 1 else "float32")
+    np.testing.assert_array_equal(one, other.astype(one.dtype))
+
+
 def test_bfloat16_compute_keeps_float32_parameters_and_logits():
   config = CONFIGS["qwen3-tied-2kv"]
   half = dataclasses.replace(config, compute_dtype="bfloat16")

@@ -39,6 +39,7 @@ REFUSED = {
   "a prompt longer than the context": (
     ["rollout.max_prompt_tokens=4000"], ["rollout.max_prompt_tokens=4000", "model.max_position"],
   ),
+  "a kernel of other devices": (["model.attention=splash"], ["model.attention=splash", "cpu"]),
   "an unknown task": (["task.name=arithmetik"], ["arithmetik", "arithmetic"]),
   "a prompt longer than its room": (
     ["rollout.max_prompt_tokens=6"], ["rollout.max_prompt_tokens=6", "7"],

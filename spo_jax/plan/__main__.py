@@ -18,8 +18,7 @@ from typing import Any
 
 import jax
 
-from spo_jax import sharding
-from spo_jax.config import ConfigError, MeshConfig, config_at, load
+from spo_jax.config import ConfigError, config_at, load
 from spo_jax.model import count_params
 from spo_jax.plan import printing
 from spo_jax.plan.chips import GIB, parse_topology
@@ -85,8 +84,6 @@ def plan_command(options: argparse.Namespace) -> dict[str, Any]:
   config = config_at(config, config.train.iterations)
   model_config, source = model_shape(config, options.model_config, options.vocab_size)
   devices = described_devices(topology)
-  with jax.set_mesh(sharding.make_mesh(MeshConfig(1, 1, 1), devices)):  # attention asks for it
-    parameters = count_params(model_config)
   hbm = topology.hbm_bytes if options.hbm is None else int(options.hbm * GIB)
 
   def say(text: str) -> None:
@@ -111,7 +108,7 @@ def plan_command(options: argparse.Namespace) -> dict[str, Any]:
     "chips": len(devices),
     "versions": {name: _version(name) for name in ("spo_jax", "jax", "libtpu")},
     "model": {"source": source, "layers": model_config.num_layers,
-              "parameters": parameters},
+              "parameters": count_params(model_config)},
     "limit": planner.limit,
     "fits": first is not None and first.fits,
     "cannot_run": cannot or None,

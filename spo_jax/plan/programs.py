@@ -120,8 +120,7 @@ class Programs:
     if self.rollout_mesh != mesh or model_config.compute_dtype != "float32":
       own = self._shapes(model_config.num_layers, self.rollout_mesh).rounded()
       self.copied = chip_bytes(own)
-    with jax.set_mesh(mesh):
-      self.count = model.count_params(model_config)
+    self.count = model.count_params(model_config)
 
   def listed(self) -> list[Program]:
     found = [*self._rollouts(), *self._rescoring(), self._update(), *self._evaluation()]
