@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from spo_jax.config import ConfigError
 
 # A process that is not heard of for this long ends the others.
 HEARTBEAT_S = 30
+GRACE_S = 5  # between a failure of one process and its end, which ends the others
 
 
 def initialize() -> None:
@@ -123,8 +125,9 @@ PREEMPTED = 143  # and for one that SIGTERM ended
 def leave(main: Callable[[], int]) -> NoReturn:
   """Ends a command with the exit code that `main` returns.
 
-  A process that fails while others run ends at once, and they do when they miss it: in an orderly
-  exit JAX would wait for them for minutes, and they for this one.
+  A process that fails while others run ends without them, and they do when they miss it: in an
+  orderly exit JAX would wait for them for minutes, and they for this one. Those that fail for the
+  same reason, such as a setting, have a moment to say so.
   """
   try:
     code = main()
@@ -135,11 +138,12 @@ def leave(main: Callable[[], int]) -> NoReturn:
     print("error: this process of several failed, and the others end. What is saved is whole: "
           "--resume continues.", file=sys.stderr)  # fmt: skip
     code = 1
-  # Where XLA was stopped within a compilation, an orderly exit may crash.
-  is_failed = code not in (0, PREEMPTED)
-  if code == INTERRUPTED or (is_failed and jax.distributed.is_initialized()):
-    sys.stdout.flush()
-    sys.stderr.flush()
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if code == INTERRUPTED:
+    os._exit(code)  # an orderly exit may crash where XLA was stopped within a compilation
+  if code not in (0, PREEMPTED) and jax.distributed.is_initialized():
+    time.sleep(GRACE_S)
     os._exit(code)
   sys.exit(code)
 
