@@ -10,7 +10,7 @@ from spo_jax.config import ConfigError
 
 GIB = 2**30
 
-# Slices as Google's pages of Cloud TPU list them, by the number of their sides.
+# Slices that libtpu is asked for, by the number of their sides; not looked up, see Google's pages.
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _SMALL_CUBOIDS = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
 _LARGEST = 6144  # chips of the largest cuboid, 16x16x24
