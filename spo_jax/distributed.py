@@ -1,4 +1,4 @@
-"""Several processes as one run: who writes, who grades which rows, what all agree on.
+"""Several processes as one run: who writes, prepares and grades which rows, what all agree on.
 
 Every process runs the same program on its own devices of one mesh. Host code is a function of
 (seed, iteration) and of arrays gathered from all, so it agrees without being told. With one
@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -28,6 +28,8 @@ from spo_jax.config import ConfigError
 # A process that is not heard of for this long ends the others.
 HEARTBEAT_S = 30
 GRACE_S = 5  # between a failure of one process and its end, which ends the others
+
+Made = TypeVar("Made")  # an array of rows, or a tree of them
 
 
 def initialize() -> None:
@@ -200,17 +202,32 @@ def to_host(tree: Any) -> Any:
   return jax.device_get(jax.tree.map(fetch, tree))
 
 
+def in_shares(count: int, make: Callable[[slice], Made]) -> Made:
+  """What `make` makes of `count` rows, on every process, each of which makes its share alone.
+
+  Raises: what `make` raises; ValueError where it does so in another process.
+  """
+  if is_alone():
+    return make(slice(0, count))
+  refused = None
+  try:
+    own = make(own_share(count))
+  except ValueError as error:
+    refused = error
+  if any_process(refused is not None):
+    raise refused or ValueError("another process was refused, and says why.")
+  return jax.tree.map(lambda x: _gather(x, count), own)
+
+
 def own_share(count: int) -> slice:
-  """Which of `count` rows this process works on; `gather` puts the shares together."""
+  """Which of `count` rows this process works on."""
   each = -(-count // jax.process_count())
   first = min(jax.process_index() * each, count)
   return slice(first, min(first + each, count))
 
 
-def gather(own: np.ndarray, count: int) -> np.ndarray:
-  """What the processes found for their shares of `count` rows, as one array on all of them."""
-  if is_alone():
-    return own
+def _gather(own: np.ndarray, count: int) -> np.ndarray:
+  """The shares of all processes, one behind the other."""
   each = -(-count // jax.process_count())
   padded = np.zeros((each, *own.shape[1:]), own.dtype)
   padded[: len(own)] = own

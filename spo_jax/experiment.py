@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from spo_jax import hf, model, prompts, sharding, stops, tokenizer, validation
 from spo_jax.attention import kernel_for
 from spo_jax.config import Config, ConfigError, ModelConfig, check_context, config_at
+from spo_jax.distributed import in_shares
 from spo_jax.layout import behind_prompts, select
 from spo_jax.rollouts import Engine
 from spo_jax.structs import Prompts, Samples, Sampling
@@ -83,7 +84,7 @@ class Experiment:
       problems = self.task.split(name)
       if len(problems) <= _LISTED:
         limit = self.config.rollout.max_prompt_tokens
-        fits = [len(ids) <= limit for ids in self._token_ids(problems)]
+        fits = self._lengths(problems, self._prompt_ids) <= limit
         problems = self._keep(problems, fits, f"{name} questions of more than {limit} tokens")
       self._splits[name] = problems
     return self._splits[name]
@@ -94,20 +95,30 @@ class Experiment:
       problems = self.split("train")
       if len(problems) <= _LISTED:
         room = self.config.rollout.max_response_tokens
-        texts = [problem.demonstration or "" for problem in problems]
-        lengths = [len(ids) for ids in self._demonstration_ids(texts)]
-        fits = [0 < length < room for length in lengths]
+        lengths = self._lengths(problems, self._demonstration_ids)
+        fits = (lengths > 0) & (lengths < room)
         problems = self._keep(problems, fits, f"demonstrations of none or {room}+ tokens")
       self._splits["demonstrated"] = problems
     return self._splits["demonstrated"]
 
-  def _keep(self, problems: Sequence[Problem], fits: list[bool], what: str) -> Sequence[Problem]:
-    if not any(fits):
+  def _lengths(
+    self, problems: Sequence[Problem], ids: Callable[[list[Problem]], list[list[int]]]
+  ) -> np.ndarray:
+    """i32[B], tokens of each problem's text; every process counts those of its share."""
+
+    def count(share: slice) -> np.ndarray:
+      rows = ids([problems[i] for i in range(share.start, share.stop)])
+      return np.array([len(row) for row in rows], np.int32)
+
+    return in_shares(len(problems), count)
+
+  def _keep(self, problems: Sequence[Problem], fits: np.ndarray, what: str) -> Sequence[Problem]:
+    if not fits.any():
       raise ValueError(
         f"task.name={self.config.task.name}: all {len(fits)} are {what}. Raise "
         "rollout.max_prompt_tokens or rollout.max_response_tokens."
       )
-    self.left_out[what] = len(fits) - sum(fits)
+    self.left_out[what] = int((~fits).sum())
     return [problem for problem, kept in zip(problems, fits, strict=True) if kept]
 
   def questions(self, cursor: int, count: int) -> Prompts:
@@ -124,16 +135,21 @@ class Experiment:
       self._held_out[split, count] = self._prompts(rows)
     return self._held_out[split, count]
 
-  def demonstrations(self, cursor: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Training rows of the warm start: tokens, is_token and the mask of the response."""
+  def demonstrations(
+    self, cursor: int, count: int, own: np.ndarray | slice = slice(None)
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Training rows of the warm start: tokens, is_token and the mask of the response.
+
+    Args:
+      own: bool[count] or a slice, the rows of these that are made.
+    """
     problems = self._demonstrated()
     order = question_order(
       len(problems), self.config.seed + int(Purpose.DEMONSTRATE), cursor, count
     )
-    questions = self._prompts([problems[int(i)] for i in order])
+    questions = self._prompts([problems[int(i)] for i in order[own]], are_shared=False)
     end = self.engine.sampling.end_ids[0]
-    texts = [str(problem.demonstration) for problem in questions.problems]
-    rows = [[*ids, end] for ids in self._demonstration_ids(texts)]
+    rows = [[*ids, end] for ids in self._demonstration_ids(questions.problems)]
     room = self.config.rollout.max_response_tokens
     if (longest := max(map(len, rows))) > room:
       raise ValueError(
@@ -142,7 +158,7 @@ class Experiment:
       )
     lengths = np.array([len(row) for row in rows], np.int32)
     tokens = np.array([row + [end] * (room - len(row)) for row in rows], np.int32)
-    return behind_prompts(questions, np.arange(count), tokens, lengths)
+    return behind_prompts(questions, np.arange(len(rows)), tokens, lengths)
 
   def test_accuracies(
     self, params: model.Params, count: int
@@ -173,24 +189,31 @@ class Experiment:
       self.config.rollout.stop,
     )  # fmt: skip
 
-  def _prompts(self, problems: Sequence[Problem]) -> Prompts:
-    tokens, lengths = prompts.encode(
-      self.tokenizer, self.template, [p.prompt for p in problems],
-      self.config.rollout.max_prompt_tokens,
-    )  # fmt: skip
-    # Tokenizers may know more tokens than the model; only their use is a mistake.
-    if (highest := int(tokens.max(initial=0))) >= self.model_config.vocab_size:
-      raise ValueError(
-        f"model.path={self.config.model.path}: a prompt holds token {highest} of its tokenizer, "
-        f"its model has {self.model_config.vocab_size}. Take the tokenizer of this model."
-      )
-    uids = np.array([p.uid for p in problems], np.int64)
-    return Prompts(tokens, lengths, uids, tuple(problems))
+  def _prompts(self, problems: Sequence[Problem], are_shared: bool = True) -> Prompts:
+    """The encoded problems; of those that all processes share each encodes some."""
 
-  def _token_ids(self, problems: Sequence[Problem]) -> list[list[int]]:
+    def encode(share: slice) -> tuple[np.ndarray, np.ndarray]:
+      tokens, lengths = prompts.encode(
+        self.tokenizer, self.template, [p.prompt for p in problems[share]],
+        self.config.rollout.max_prompt_tokens,
+      )  # fmt: skip
+      # Tokenizers may know more tokens than the model; only their use is a mistake.
+      if (highest := int(tokens.max(initial=0))) >= self.model_config.vocab_size:
+        raise ValueError(
+          f"model.path={self.config.model.path}: a prompt holds token {highest} of its tokenizer, "
+          f"its model has {self.model_config.vocab_size}. Take the tokenizer of this model."
+        )
+      return tokens, lengths
+
+    rows = in_shares(len(problems), encode) if are_shared else encode(slice(None))
+    uids = np.array([p.uid for p in problems], np.int64)
+    return Prompts(*rows, uids, tuple(problems))
+
+  def _prompt_ids(self, problems: Sequence[Problem]) -> list[list[int]]:
     return prompts.token_ids(self.tokenizer, self.template, [p.prompt for p in problems])
 
-  def _demonstration_ids(self, texts: list[str]) -> list[list[int]]:
+  def _demonstration_ids(self, problems: Sequence[Problem]) -> list[list[int]]:
+    texts = [problem.demonstration or "" for problem in problems]
     return tokenizer.token_ids(self.tokenizer, texts, add_special_tokens=False)
 
 
@@ -304,4 +327,4 @@ def _check_lengths(experiment: Experiment) -> None:
     wanted = max(config.sft.check_problems, config.eval.validation_problems)
     experiment.held_out("validation", min(wanted, _CHECKED))
   if config.sft.max_steps:
-    experiment.demonstrations(cursor=0, count=_CHECKED)
+    in_shares(_CHECKED, lambda share: experiment.demonstrations(0, _CHECKED, share))

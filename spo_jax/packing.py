@@ -160,6 +160,7 @@ def optimiser_batches(
   epochs: int,
   rng: np.random.Generator,
   pack_tokens: int = 0,
+  own: np.ndarray | None = None,
 ) -> Iterator[tuple[TrainRows, int]]:
   """Shuffled batches of fixed shape [micro-batches, micro_batch_rows, L].
 
@@ -168,22 +169,26 @@ def optimiser_batches(
 
   Args:
     pack_tokens: more than 0: the rows of an update are packed, and L is this.
-  Yields: the batch, filled up with empty rows, and how many of its micro-batches are used.
+    own: bool[micro_batch_rows], the rows of a micro-batch that this process has; None: all.
+  Yields: its rows of the batch, filled up with empty ones, and how many micro-batches are used.
   """
   signal = np.flatnonzero((rows.mask & (rows.advantages != 0)).any(axis=1))
   updates = -(-len(signal) // batch_rows)
   most = most_packs(batch_rows, rows.tokens.shape[1], pack_tokens) if pack_tokens else batch_rows
   micro_batches = -(-most // micro_batch_rows)
+  own = np.ones(micro_batch_rows, bool) if own is None else own
+  places = np.flatnonzero(np.tile(own, micro_batches))
   for _ in range(epochs if updates else 0):
     for part in np.array_split(rng.permutation(signal), updates):
-      taken = select(rows, part)
+      taken, count = select(rows, part), len(part)
       if pack_tokens:
-        taken = pack(taken, pack_tokens)
-      used = -(-len(taken.tokens) // micro_batch_rows)
-      filled = jax.tree.map(lambda x: fill(x, micro_batches * micro_batch_rows), taken)
+        packing = pack(taken, pack_tokens)
+        made, count = packing.make(places), packing.count
+      else:
+        made = jax.tree.map(lambda x: fill(x, micro_batches * micro_batch_rows)[places], taken)
       yield (
-        jax.tree.map(lambda x: x.reshape(micro_batches, micro_batch_rows, *x.shape[1:]), filled),
-        used,
+        jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), made),
+        -(-count // micro_batch_rows),
       )
 
 

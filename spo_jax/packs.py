@@ -6,6 +6,8 @@ adds what it does not share with the row in front of it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from spo_jax.layout import before, between, concatenate, fill, select
@@ -21,7 +23,32 @@ def most_packs(rows: int, row_tokens: int, pack_tokens: int) -> int:
   return -(-rows // (pack_tokens // row_tokens))
 
 
-def pack(rows: TrainRows, pack_tokens: int) -> TrainRows:
+@dataclass(frozen=True)
+class Packing:
+  """Which row is in which pack; `make` makes any of the packs.
+
+  Attributes:
+    rows: in lexicographic order; pack_of: i[B]; count: of packs.
+    cut, length: i[B], a row has slots of its own from column `cut` to `length`.
+  """
+
+  rows: TrainRows
+  pack_of: np.ndarray
+  cut: np.ndarray
+  length: np.ndarray
+  pack_tokens: int
+  count: int
+
+  def make(self, packs: np.ndarray | None = None) -> TrainRows:
+    """Packs by number, all if None: [packs, pack_tokens] with `trie`, empty from `count` on."""
+    made = []
+    for number in range(self.count) if packs is None else packs:
+      own = np.flatnonzero(self.pack_of == number)
+      made.append(_walk(select(self.rows, own), self.cut[own], self.length[own], self.pack_tokens))
+    return concatenate(made)
+
+
+def pack(rows: TrainRows, pack_tokens: int) -> Packing:
   """Rows with a loss as packs: their losses, each on a slot of its own, and what those see.
 
   A row shares slots of the row in front of it up to its first loss, and ends with its last:
@@ -30,7 +57,6 @@ def pack(rows: TrainRows, pack_tokens: int) -> TrainRows:
   Args:
     rows: [B, L], each with a token in its mask, but none at its first slot.
     pack_tokens: slots of a pack, L at least.
-  Returns: [packs, pack_tokens] with `trie`.
   """
   row_tokens = rows.tokens.shape[1]
   start = rows.mask.argmax(axis=1)
@@ -40,10 +66,7 @@ def pack(rows: TrainRows, pack_tokens: int) -> TrainRows:
   order = _lexicographic(content, start)
   rows, content, start, length = select(rows, order), content[order], start[order], length[order]
   pack_of, cut = _assign(content, start, length, pack_tokens)
-  parts = [np.flatnonzero(pack_of == p) for p in range(pack_of.max(initial=-1) + 1)]
-  return concatenate(
-    [_walk(select(rows, part), cut[part], length[part], pack_tokens) for part in parts]
-  )
+  return Packing(rows, pack_of, cut, length, pack_tokens, count=int(pack_of.max(initial=-1)) + 1)
 
 
 def _lexicographic(content: np.ndarray, start: np.ndarray) -> np.ndarray:
@@ -87,7 +110,7 @@ def _walk(
   # A token ends where a later row leaves its path: at the first slot of that row.
   first = np.append(np.int32(0), np.cumsum(length - cut, dtype=np.int32))
   leaves = np.where(cut[:, None] <= np.arange(width), first[:-1, None], first[-1])
-  later = np.concatenate([leaves[1:], np.full((1, width), first[-1])])
+  later = np.concatenate([leaves, np.full((1, width), first[-1])])[1:]
   end = np.minimum.accumulate(later[::-1], axis=0)[::-1]
   positions = np.broadcast_to(np.arange(width, dtype=np.int32), is_new.shape)
 

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from spo_jax import model, sampler, sharding
 from spo_jax.compiles import program
 from spo_jax.config import ModelConfig
-from spo_jax.distributed import gather, own_share, to_host
+from spo_jax.distributed import in_shares, to_host
 from spo_jax.layout import before, concatenate, fill, join, select, unsampled
 from spo_jax.model import Params
 from spo_jax.queues import (
@@ -119,11 +119,14 @@ class Engine:
     Each process grades its share of the rows.
     """
     started = time.perf_counter()
-    share = own_share(len(prompt))
-    own = select(samples, share)
-    problems = [prompts.problems[i] for i in prompt[share]]
-    rewards = self.grade_fn(problems, own.tokens, own.lengths, own.finished)
-    rewards = gather(np.asarray(rewards, np.float32), len(prompt))
+
+    def graded(share: slice) -> np.ndarray:
+      own = select(samples, share)
+      problems = [prompts.problems[i] for i in prompt[share]]
+      rewards = self.grade_fn(problems, own.tokens, own.lengths, own.finished)
+      return np.asarray(rewards, np.float32)
+
+    rewards = in_shares(len(prompt), graded)
     self.grade_seconds += time.perf_counter() - started
     return rewards
 

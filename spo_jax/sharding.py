@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -174,6 +175,30 @@ def place(tree: Any, name: str, mesh: Mesh) -> Any:
   return jax.tree.map(
     lambda x: jax.device_put(x, activation(name, jax.numpy.shape(x), mesh)), tree
   )
+
+
+def own_rows(rows: int, mesh: Mesh) -> np.ndarray:
+  """bool[rows]: which of them lie on devices of this process, shared out over the mesh."""
+  own = np.zeros(rows, bool)
+  places = activation("rows", own.shape, mesh).addressable_devices_indices_map(own.shape)
+  for index in filter(None, places.values()):
+    own[index] = True
+  return own
+
+
+def place_own(tree: Any, rows: int, mesh: Mesh) -> Any:
+  """Micro-batches [n, rows, ...] on the devices, of which this process has its own rows alone.
+
+  Args:
+    tree: host arrays [n, own rows, ...], of `own_rows`.
+  """
+
+  def put(x: np.ndarray) -> jax.Array:
+    shape = (len(x), rows, *x.shape[2:])
+    place = activation("micro_batches", shape, mesh)
+    return jax.make_array_from_process_local_data(place, x, shape)
+
+  return jax.tree.map(put, tree)
 
 
 def activation(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> NamedSharding:

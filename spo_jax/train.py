@@ -77,17 +77,17 @@ _LIVE = {
 
 def learn(run: Run, rows: TrainRows, iteration: int) -> dict[str, float]:
   """The policy updates of one iteration; nothing crosses to the host inside one."""
-  config = run.experiment.config
-  mesh = run.experiment.mesh
+  config, mesh = run.experiment.config, run.experiment.mesh
+  micro_rows = config.train.micro_batch_rows
   temperature = sharding.place(np.float32(config.rollout.temperature), "scalar", mesh)
-  measured, tokens = [], 0
+  measured = []
   for batch, used in packing.optimiser_batches(
-    rows, config.train.batch_rows, config.train.micro_batch_rows, config.train.epochs,
+    rows, config.train.batch_rows, micro_rows, config.train.epochs,
     run.experiment.rng(Purpose.SHUFFLE, iteration), config.train.pack_tokens,
+    sharding.own_rows(micro_rows, mesh),
   ):  # fmt: skip
-    tokens += int(batch.is_token.sum())
     on_device = (
-      sharding.place(batch, "micro_batches", mesh), sharding.place(np.int32(used), "scalar", mesh)
+      sharding.place_own(batch, micro_rows, mesh), sharding.place(np.int32(used), "scalar", mesh)
     )  # fmt: skip
     with jax.transfer_guard("disallow"):
       run.state, metrics = policy_update(
@@ -95,7 +95,7 @@ def learn(run: Run, rows: TrainRows, iteration: int) -> dict[str, float]:
         *on_device, temperature,
       )  # fmt: skip
     measured.append(metrics)
-  return {**summarise(measured), "tokens/trained": tokens}
+  return summarise(measured)
 
 
 # A resumed run may change these; anything else would make it another run.

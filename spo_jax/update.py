@@ -158,6 +158,7 @@ def policy_update(
   ratio_ok = train.official | (mean_ratio <= train.max_ratio)
   new_state = _apply(optimizer, state, grads, finite & ratio_ok)
   metrics = {
+    "tokens/trained": jnp.sum(batch.is_token),
     "loss/policy": sums["policy"],
     "loss/kl": sums["kl"],
     "loss/clip_fraction": sums["clipped_sum"] / total_tokens,
@@ -171,7 +172,7 @@ def policy_update(
 
 
 def summarise(updates: list[dict[str, jax.Array]]) -> dict[str, float]:
-  """The metrics of an iteration's updates on the host: means, and counts of skipped ones."""
+  """The metrics of an iteration's updates on the host: means, and counts."""
   on_host = to_host(updates)
 
   def total(name: str) -> float:
@@ -183,6 +184,7 @@ def summarise(updates: list[dict[str, jax.Array]]) -> dict[str, float]:
     "loss/skipped_nonfinite": total("loss/skipped_nonfinite"),
     "loss/skipped_ratio": total("loss/skipped_ratio"),
     "loss/updates": float(len(on_host)),
+    "tokens/trained": int(total("tokens/trained")),
   }
 
 
@@ -199,10 +201,10 @@ def supervised_update(
   micro_rows: int,
   remat: str = "none",
 ) -> tuple[TrainState, jax.Array]:
-  """Cross-entropy on the masked tokens of i32[B, L] rows; returns the mean loss too.
+  """Cross-entropy on the masked tokens of rows i32[..., L]; returns the mean loss too.
 
   Args:
-    micro_rows: rows of one forward and backward pass, a divisor of B; remat: see model.Decoder.
+    micro_rows: rows of one forward and backward pass, a divisor of all; remat: see model.Decoder.
   """
   count = jnp.maximum(jnp.sum(mask), 1)
 
@@ -212,7 +214,7 @@ def supervised_update(
     return -jnp.sum(jnp.where(mask, logprobs, 0.0)) / count, ()
 
   batch = jax.tree.map(
-    lambda x: constrain(x.reshape(-1, micro_rows, x.shape[1]), "micro_batches"),
+    lambda x: constrain(x.reshape(-1, micro_rows, x.shape[-1]), "micro_batches"),
     (tokens, is_token, mask),
   )
   value, _, grads = _accumulate(loss, state.params, batch, len(batch[0]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from spo_jax import runlog, sharding
 from spo_jax.checkpoint import Checkpoints
@@ -32,6 +33,9 @@ def warm_start(
   if not settings.max_steps:
     return state.params
   checkpoints = Checkpoints(run_dir / "checkpoints" / "warm_start", keep=1)
+  micro_rows = settings.micro_batch_rows or settings.batch_rows
+  own = sharding.own_rows(micro_rows, experiment.mesh)
+  own_of_batch = np.tile(own, settings.batch_rows // micro_rows)
   step, accuracy = 0, 0.0
   if restored := checkpoints.restore_newest(state):
     step, state, counters, _ = restored
@@ -51,10 +55,14 @@ def warm_start(
       every = max(settings.check_every // 5, 1) if near else settings.check_every
       steps = min(every, settings.max_steps - step)
       for _ in range(steps):
-        rows = experiment.demonstrations(step * settings.batch_rows, settings.batch_rows)
+        rows = experiment.demonstrations(
+          step * settings.batch_rows, settings.batch_rows, own_of_batch
+        )
+        rows = sharding.place_own(
+          [x.reshape(-1, own.sum(), x.shape[1]) for x in rows], micro_rows, experiment.mesh
+        )
         state, loss = supervised_update(
-          experiment.model_config, optimizer, state, *rows,
-          micro_rows=settings.micro_batch_rows or settings.batch_rows,
+          experiment.model_config, optimizer, state, *rows, micro_rows=micro_rows,
           remat=experiment.config.train.remat,
         )  # fmt: skip
         step += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -235,21 +236,31 @@ def test_trees_with_a_reference_and_the_best_policy_move_to_another_mesh(config,
   assert any(record.get("loss/kl") for record in metrics(one))
 
 
+def counts_of(processes, command, *options):
+  """What each process did of a command, see tests/counted.py."""
+  counting = {i: ["-m", "tests.counted", command] for i in range(processes)}
+  ended = finish(start_command(processes, command, *options, programs=counting))
+  for code, _, err in ended:
+    assert code == 0, err[-2000:]
+  return [json.loads(re.search(r"^did (.*)$", err, re.M)[1]) for _, _, err in ended]
+
+
 @pytest.mark.devices
-def test_every_process_grades_only_its_rows(config, alone, tmp_path):
-  """Rollouts, validation and evaluation during training; and the command that evaluates."""
-  run = ["--config", config, "--run-dir", tmp_path / "run", "--set", *SETTINGS,
-         "train.iterations=2", "sft.max_steps=0", "eval.validation_problems=8"]  # fmt: skip
+def test_every_process_prepares_and_grades_only_its_rows(config, alone, tmp_path):
+  """Questions, demonstrations and packs; rollouts and held-out responses in and after training."""
+  run = ["--config", config, "--set", *SETTINGS, "train.iterations=2", "train.pack_tokens=28",
+         "eval.validation_problems=8"]  # fmt: skip
   asked = ["--model", alone, "--samples", 2, "--limit", 8, "--temperature", 1]
-  for command, options, responses in (
-    # 2 rollouts of 4 x 2; before and behind them 8 greedily, 8 sampled and 8 of validation.
-    ("train", run, 2 * 8 + 2 * 3 * 8),
-    ("evaluate", [*asked, "--output", tmp_path / "evaluation"], 8 * 2),
-  ):
-    counting = {i: ["-m", "tests.counted", command] for i in range(2)}
-    for code, _, err in finish(start_command(2, command, *options, programs=counting)):
-      assert code == 0, err[-2000:]
-      assert f"graded {responses // 2}\n" in err, err[-2000:]
+  for command, options, name in (
+    ("train", run, "--run-dir"), ("evaluate", asked, "--output"),
+  ):  # fmt: skip
+    (whole,) = counts_of(1, command, *options, name, tmp_path / f"{command}-1")
+    shares = counts_of(2, command, *options, name, tmp_path / f"{command}-2")
+    for what in whole:
+      own = [share[what] for share in shares]
+      assert sum(own) == whole[what], what
+      assert min(own) > 0.3 * whole[what], what
+    assert whole.keys() == {"graded", "encoded"} | ({"packed"} if command == "train" else set())
 
 
 @pytest.mark.devices
@@ -357,6 +368,21 @@ def test_counts_of_all_processes_add_up(monkeypatch):
   )
   assert distributed.total({"timeouts": 2, "crashes": 0}) == {"timeouts": 8, "crashes": 0}
   assert distributed.total({}) == {}
+
+
+def test_what_one_process_refuses_all_refuse(monkeypatch):
+  def refuse(share):
+    raise ValueError(f"rows {share.start} to {share.stop - 1} are wrong")
+
+  monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
+  monkeypatch.setattr(distributed.jax, "process_index", lambda: 1)
+  monkeypatch.setattr(
+    distributed.multihost_utils, "process_allgather", lambda own: np.stack([own, ~own])
+  )
+  with pytest.raises(ValueError, match="rows 2 to 3 are wrong"):
+    distributed.in_shares(4, refuse)
+  with pytest.raises(ValueError, match="another process"):
+    distributed.in_shares(4, lambda share: np.zeros(2))
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])

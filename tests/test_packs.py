@@ -55,7 +55,7 @@ def path_of(packs, p, slot):
 def test_every_loss_has_one_slot_and_sees_what_is_in_front_of_it_in_its_row(seed, count, width):
   rng = np.random.default_rng(seed)
   rows = drawn_rows(rng, count)
-  packs = pack(rows, width)
+  packs = pack(rows, width).make()
   trie, slots = packs.trie, np.arange(width)
   assert packs.tokens.shape[1] == width and len(packs.tokens) <= most_packs(count, L, width)
   assert trie.samples.sum() == count
@@ -85,7 +85,7 @@ blocks_of = jax.jit(trie_blocks)
 def test_a_block_of_queries_finds_all_it_sees_on_one_path_and_in_itself(seed):
   rng = np.random.default_rng(seed)
   width = 2 * L + 3
-  packs = pack(drawn_rows(rng, 8), width)
+  packs = pack(drawn_rows(rng, 8), width).make()
   trie = jax.tree.map(lambda x: x[-1:], packs.trie)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(attention, "_QUERIES", 5)  # read where it is traced; the last block has 2 slots
@@ -135,7 +135,7 @@ def responses(rng, questions, samples, prompt=60, longest=1000):
 def test_a_full_tree_trains_each_of_its_tokens_once(segment, width):
   rows = tree_rows(np.random.default_rng(0), (6, 6, 6), segment, 64)
   unique = 64 + (6 + 36 + 216) * segment
-  trained = pack(rows, width).is_token.sum()
+  trained = pack(rows, width).make().is_token.sum()
   assert unique <= trained <= 1.05 * unique
   assert rows.is_token.sum() > 3.4 * unique
 
@@ -144,7 +144,7 @@ def test_a_full_tree_trains_each_of_its_tokens_once(segment, width):
 def test_packs_of_responses_are_full_to_nine_tenths(questions, samples):
   rows = responses(np.random.default_rng(0), questions, samples)
   for width in (rows.tokens.shape[1], 2048, 4096):
-    packs = pack(rows, width)
+    packs = pack(rows, width).make()
     assert packs.is_token.mean() >= 0.9, width
     assert packs.is_token.sum() <= rows.is_token.sum()
 
@@ -154,7 +154,7 @@ def test_a_draw_of_edges_shares_the_prefixes_that_it_has():
   trees = [tree_rows(rng, (6, 6, 6), 100, 64) for _ in range(8)]
   drawn = [select(rows, rng.permutation(len(rows.tokens))[:32]) for rows in trees]
   rows = concatenate(drawn)
-  packs = pack(select(rows, rng.permutation(len(rows.tokens))), 4096)
+  packs = pack(select(rows, rng.permutation(len(rows.tokens))), 4096).make()
   lengths = rows.is_token.sum(axis=1)
   kept = {row[: i + 1].tobytes() for row, n in zip(rows.tokens, lengths) for i in range(n)}
   assert len(kept) < 0.55 * rows.is_token.sum()
@@ -186,10 +186,27 @@ def test_every_loss_is_trained_on_once_per_epoch_in_batches_of_one_shape(
     assert sorted(names) == sorted(losses_of_rows(rows))
 
 
+@pytest.mark.parametrize("width", [0, 2 * L])
+def test_what_processes_make_of_a_batch_is_the_batch(width):
+  """Each makes its own rows of every micro-batch, also where there are too few to go round."""
+  rows = drawn_rows(np.random.default_rng(0), 9)
+
+  def batches(own=None):
+    return list(optimiser_batches(rows, 12, 4, 1, np.random.default_rng(1), width, own))
+
+  ((whole, used),) = batches()
+  for numbers in ([0], [1, 3], [2]):
+    own = np.isin(np.arange(4), numbers)
+    ((made, count),) = batches(own)
+    assert count == used
+    expected = [x[:, own] for x in jax.tree.leaves(whole)]
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(made), expected)
+
+
 def test_rows_that_are_as_long_as_a_pack_have_one_each():
   rng = np.random.default_rng(0)
   rows = concatenate([tree_rows(rng, (1,), L - 2, 2) for _ in range(5)])
-  packs = pack(rows, L)
+  packs = pack(rows, L).make()
   assert len(packs.tokens) == most_packs(5, L, L) == 5
   assert packs.is_token.all()
 

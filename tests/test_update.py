@@ -259,6 +259,7 @@ def test_a_large_vocabulary_never_makes_logits_of_whole_rows():
 def test_an_empty_mask_changes_nothing_and_is_finite():
   rows = random_rows()
   state, metrics = update(kl_train("k3"), rows.replace(mask=np.zeros_like(rows.mask)))
+  assert metrics.pop("tokens/trained") == rows.is_token.sum()
   assert not any(np.any(x) for x in jax.tree.leaves((state.opt_state, metrics)))
   assert_same(state.params, PARAMS)
 
@@ -421,14 +422,14 @@ def test_an_update_moves_nothing_between_host_and_device():
 def test_summarise_takes_means_and_counts_what_was_skipped():
   names = ("policy", "kl", "clip_fraction", "approx_kl", "ratio_mean", "gradient_norm")
   measured = [
-    {**{f"loss/{name}": jnp.float32(x) for name in names},
+    {"tokens/trained": jnp.int32(2**24 + x), **{f"loss/{name}": jnp.float32(x) for name in names},
      "loss/skipped_nonfinite": jnp.float32(x == 2), "loss/skipped_ratio": jnp.float32(x > 0)}
     for x in range(3)
   ]  # fmt: skip
   summary = summarise(measured)
   assert {summary[f"loss/{name}"] for name in names} == {1.0}
   assert (summary["loss/skipped_nonfinite"], summary["loss/skipped_ratio"]) == (1, 2)
-  assert summary["loss/updates"] == 3
+  assert (summary["loss/updates"], summary["tokens/trained"]) == (3, 3 * 2**24 + 3)
   assert set(summarise([]).values()) == {0.0}
   assert summarise([]).keys() == summary.keys()
 

@@ -356,19 +356,21 @@ class Programs:
     """Calls are 0: it is over before the first iteration."""
     config, sft = self.config, self.config.sft
     length, micro = config.row_tokens, sft.micro_batch_rows or sft.batch_rows
+    micro_batches = sft.batch_rows // micro
 
     def lower(layers: int) -> Any:
       shapes = self._shapes(layers, self.mesh)
       state, optimizer = shapes.state(sft.optimizer)
-      shape = (sft.batch_rows, length)
+      tokens, is_token, mask = (
+        shapes.array("micro_batches", (micro_batches, micro, length), dtype)
+        for dtype in (jnp.int32, bool, bool)
+      )
       with jax.set_mesh(self.mesh):
         return _lower(
-          supervised_update,
-          shapes.model_config, optimizer, state, _host(shape), _host(shape, bool),
-          _host(shape, bool), micro_rows=micro, remat=config.train.remat,
+          supervised_update, shapes.model_config, optimizer, state, tokens, is_token, mask,
+          micro_rows=micro, remat=config.train.remat,
         )  # fmt: skip
 
-    micro_batches = sft.batch_rows // micro
     cost = costs.update(
       self.model_config, self.count, micro_batches, micro, length, False, config.train.remat,
       self._split(self.mesh),
