@@ -3,12 +3,17 @@
     python -m venv trl && trl/bin/pip install trl torch==2.13.0     # a CPU build of torch
     python -m venv tunix && tunix/bin/pip install google-tunix==0.1.7
     python benchmarks/iteration.py 1m 7m --trl-python trl/bin/python --tunix-python tunix/bin/python
+    python benchmarks/iteration.py 1m --longest 320 --slots 16 --pack-tokens 2048 ...
 
 An iteration samples `--samples` responses to each of `--questions` prompts, rewards their text,
 and takes one step of AdamW on the clipped objective, without a reference model. Every side starts
-from the same weights, has the same prompts and the same number of tokens (no end is ever drawn),
-computes in float32 on all cores, and trains in micro-batches of `--micro-rows`. A side lives in an
-interpreter of its own and waits while another has its turn.
+from the same weights, has the same prompts, computes in float32 on all cores, and trains in
+micro-batches of `--micro-rows`. A side lives in an interpreter of its own and waits while another
+has its turn.
+
+No end is ever drawn, and every response has as many tokens. With `--longest` the model ends its
+responses itself, as real ones do: lengths are geometric, their median a tenth of where they are
+cut. They are drawn anew by every side in every turn, so their sums differ a little.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import ends
 import jax
 import numpy as np
 import side_by_side
@@ -41,31 +47,32 @@ LEARNING_RATE = 1e-6
 
 
 def ours(
-  model_config: ModelConfig, params: Any, tokens: np.ndarray, samples: int, new: int,
-  micro_rows: int,
+  model_config: ModelConfig, params: Any, tokenizer: Any, tokens: np.ndarray, new: int,
+  options: argparse.Namespace,
 ) -> Callable[[int], list[int]]:  # fmt: skip
   """A function that makes one iteration, as `spo_jax.train` does, and returns the tokens seen."""
-  questions, width = tokens.shape
-  rows, tokenizer = questions * samples, words.tokenizer(model_config.vocab_size)
-  ends, reward, prompt_texts = (tokenizer.eos_token_id,), Reward(), words.texts(tokens)
+  (questions, width), samples = tokens.shape, options.samples
+  rows, slots = questions * samples, options.slots or questions * samples
+  end_ids, reward, prompt_texts = (tokenizer.eos_token_id,), Reward(), words.texts(tokens)
   config = Config(
     algorithm="grpo",
     rollout=RolloutConfig(
-      questions=questions, samples=samples, rows=rows, max_prompt_tokens=width,
+      questions=questions, samples=samples, rows=slots, max_prompt_tokens=width,
       max_response_tokens=new, temperature=1.0,
     ),
     train=TrainConfig(
-      batch_rows=rows, micro_batch_rows=micro_rows, probability_mask=False, whiten=False
+      batch_rows=rows, pack_tokens=options.pack_tokens, probability_mask=False, whiten=False,
+      micro_batch_rows=len(jax.devices()) if options.pack_tokens else options.micro_rows,
     ),
     optimizer=OptimizerConfig(learning_rate=LEARNING_RATE),
   )  # fmt: skip
 
   def grade(problems: Any, drawn: np.ndarray, lengths: np.ndarray, _: Any) -> np.ndarray:
-    texts = decode_responses(tokenizer, drawn, lengths, ends)
+    texts = decode_responses(tokenizer, drawn, lengths, end_ids)
     return np.array(reward([prompt_texts[i] for i in problems], texts), np.float32)
 
   mesh = sharding.make_mesh(config.mesh)
-  engine = Engine(model_config, Sampling(1.0, 1.0, ends, pad_id=0), rows, new, grade, mesh)
+  engine = Engine(model_config, Sampling(1.0, 1.0, end_ids, pad_id=0), slots, new, grade, mesh)
   experiment = Experiment(config, model_config, None, tokenizer, "", engine, mesh)
   prompts = Prompts(
     tokens, np.full(questions, width, np.int32), np.arange(questions), tuple(range(questions))
@@ -90,19 +97,24 @@ def ours(
 
 def compare(name: str, options: argparse.Namespace) -> None:
   config, _, width, new = CASES[name]
-  rows = options.questions * options.samples
+  rows, end, each = options.questions * options.samples, None, new
   params = jax.jit(lambda: model.init_params(config, jax.random.key(0)))()
+  if options.longest:
+    end, new, each = config.vocab_size - 1, options.longest, ends.mean_length(options.longest)
+    params = ends.ending(config, params, end, each)
+  tokenizer = words.tokenizer(config.vocab_size, end)
   tokens = np.random.default_rng(0).integers(
-    0, config.vocab_size, (options.questions, width), np.int32
+    0, config.vocab_size - 1, (options.questions, width), np.int32
   )
   print(
     f"{name}: {model.count_params(config) / 1e6:.1f} M parameters, {options.questions} prompts of "
-    f"{width} tokens, {options.samples} responses of {new}, micro-batches of {options.micro_rows}",
+    f"{width} tokens, {options.samples} responses of {each:.0f} tokens, {new} at most, "
+    f"micro-batches of {options.micro_rows}, ours in packs of {options.pack_tokens}",
     flush=True,
   )
   sides: dict[str, Callable[[int], list[int]]] = {}
   with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as workers:
-    hf.save_pretrained(folder, config, params, words.tokenizer(config.vocab_size))
+    hf.save_pretrained(folder, config, params, tokenizer)
     case = {
       "folder": folder, "prompts": words.texts(tokens), "samples": options.samples, "new": new,
       "micro_rows": options.micro_rows, "learning_rate": LEARNING_RATE,
@@ -115,11 +127,14 @@ def compare(name: str, options: argparse.Namespace) -> None:
       else:
         print(f"  {side} is left out: no --{side}-python is given")
     rivals = list(sides)
-    sides["spo_jax"] = ours(config, params, tokens, options.samples, new, options.micro_rows)
+    sides["spo_jax"] = ours(config, params, tokenizer, tokens, new, options)
     ratios = [(rival, "spo_jax") for rival in rivals]
-    counted = side_by_side.compare(sides, rows * new, options.repeat, *ratios, warm_up=2)
+    counted = side_by_side.compare(sides, round(rows * each), options.repeat, *ratios, warm_up=2)
   for side, turns in counted.items():
-    assert all(found == [rows * width, rows * new] for found in turns), (side, turns)
+    drawn = [responses for _, responses in turns]
+    print(f"  {side:9} drew {np.mean(drawn):,.0f} tokens a turn, {min(drawn)} to {max(drawn)}")
+    assert all(prompts == rows * width for prompts, _ in turns), (side, turns)
+    assert options.longest or set(drawn) == {rows * new}, (side, turns)
 
 
 def main() -> None:
@@ -130,6 +145,9 @@ def main() -> None:
   parser.add_argument("--questions", type=int, default=8)
   parser.add_argument("--samples", type=int, default=8)
   parser.add_argument("--micro-rows", type=int, default=16)
+  parser.add_argument("--longest", type=int, default=0, help="responses end, or are cut here")
+  parser.add_argument("--slots", type=int, default=0, help="of our sampler; 0: one per response")
+  parser.add_argument("--pack-tokens", type=int, default=0, help="of our update; 0: no packs")
   parser.add_argument("--repeat", type=int, default=5)
   options = parser.parse_args()
   for name in options.cases:

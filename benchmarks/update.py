@@ -2,11 +2,15 @@
 
     python benchmarks/update.py --rows 32 --micro-rows 8 --length 256    # needs the extra `parity`
     JAX_NUM_CPU_DEVICES=2 python benchmarks/update.py    # rows shared out to two devices
+    python benchmarks/update.py --rows 64 --longest 480 --pack-tokens 2048
 
 The torch side is what a user would write: a transformers model, log_softmax over the vocabulary,
-the clipped objective, gradients over micro-batches, clipping by norm, AdamW; float32 on both
-sides. They run in turn in this process, so that what else the machine does meets both of them,
-and must agree on the norm of the first gradient.
+the clipped objective, gradients over micro-batches, each as long as its longest row, clipping by
+norm, AdamW; float32 on both sides. They run in turn in this process, so that what else the machine
+does meets both of them, and must agree on the norm of the first gradient.
+
+All tokens of all rows are trained on, or with `--longest` those of responses whose lengths are as
+spread as real ones (ends.py), behind prompts of 32 tokens.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import os
 import tempfile
 from typing import Any
 
+import ends
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,37 +28,44 @@ import side_by_side
 
 from spo_jax import hf, model, sharding, update
 from spo_jax.config import MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from spo_jax.layout import before, between
+from spo_jax.packing import optimiser_batches
 from spo_jax.structs import TrainRows
 
 CONFIG = ModelConfig(
   vocab_size=4096, hidden_size=256, intermediate_size=1024, num_layers=6, num_heads=8,
   num_kv_heads=4,
 )  # fmt: skip
+PROMPT = 32  # tokens in front of responses
 OPTIMIZER = OptimizerConfig(learning_rate=1e-5)
 TRAIN = TrainConfig(whiten=False)
 
 
-def ours(params: Any, batch: TrainRows) -> Any:
+def ours(params: Any, rows: TrainRows, micro_rows: int, pack_tokens: int) -> Any:
   """A function that makes one update and returns the norm of its gradient."""
   optimizer = update.make_optimizer(OPTIMIZER)
   mesh = sharding.make_mesh(MeshConfig())
   state = update.init_state(jax.tree.map(jnp.copy, params), optimizer)
   state = jax.device_put(state, sharding.placements(state, mesh))
-  rows = sharding.place(batch, "micro_batches", mesh)
-  used, temperature = jnp.int32(len(batch.tokens)), jnp.float32(1)
+  ((batch, used),) = optimiser_batches(
+    rows, len(rows.tokens), micro_rows, 1, np.random.default_rng(0), pack_tokens
+  )
+  print(f"  spo_jax: {used} micro-batches of {batch.tokens.shape[1:]} tokens")
+  batch = sharding.place(batch, "micro_batches", mesh)
+  used, temperature = jnp.int32(used), jnp.float32(1)
 
   def step(turn: int) -> float:
     nonlocal state
     with jax.set_mesh(mesh):
       state, metrics = update.policy_update(
-        CONFIG, TRAIN, optimizer, state, None, rows, used, temperature
+        CONFIG, TRAIN, optimizer, state, None, batch, used, temperature
       )
     return float(metrics["loss/gradient_norm"])
 
   return step
 
 
-def theirs(folder: str, batch: TrainRows) -> Any:
+def theirs(folder: str, rows: TrainRows, micro_rows: int) -> Any:
   """The same in torch, for the folder's model."""
   import torch
   from transformers import AutoModelForCausalLM
@@ -64,12 +76,14 @@ def theirs(folder: str, batch: TrainRows) -> Any:
     network.parameters(), lr=OPTIMIZER.learning_rate, betas=(OPTIMIZER.b1, OPTIMIZER.b2),
     weight_decay=OPTIMIZER.weight_decay,
   )  # fmt: skip
-  micro_batches = [
-    tuple(torch.from_numpy(np.array(x[i])) for x in
-          (batch.tokens.astype(np.int64), batch.mask, batch.logprobs, batch.advantages))
-    for i in range(len(batch.tokens))
-  ]  # fmt: skip
-  count = float(batch.mask.sum())
+  micro_batches = []
+  for first in range(0, len(rows.tokens), micro_rows):
+    own = slice(first, first + micro_rows)
+    longest = rows.is_token[own].sum(axis=1).max()
+    columns = (rows.tokens.astype(np.int64), rows.mask, rows.logprobs, rows.advantages)
+    micro_batches.append([torch.from_numpy(x[own, :longest].copy()) for x in columns])
+  print("  torch: micro-batches of", *(tuple(batch[0].shape) for batch in micro_batches))
+  count = float(rows.mask.sum())
 
   def step(turn: int) -> float:
     optimizer.zero_grad(set_to_none=True)
@@ -87,34 +101,45 @@ def theirs(folder: str, batch: TrainRows) -> Any:
   return step
 
 
+def drawn_rows(args: argparse.Namespace) -> TrainRows:
+  rng = np.random.default_rng(0)
+  lengths, start = np.full(args.rows, args.length), np.ones(args.rows, int)
+  if args.longest:
+    lengths, start = PROMPT + ends.lengths(rng, args.rows, args.longest), start * PROMPT
+  width = PROMPT + args.longest if args.longest else args.length
+  shape = (args.rows, width)
+  mask = between(start, lengths, width) & (rng.random(shape) < args.fraction)
+  return TrainRows(
+    tokens=rng.integers(0, CONFIG.vocab_size, shape, np.int32), is_token=before(lengths, width),
+    mask=mask, logprobs=np.full(shape, -np.log(CONFIG.vocab_size), np.float32),
+    advantages=rng.normal(size=shape).astype(np.float32),
+  )  # fmt: skip
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--rows", type=int, default=32)
   parser.add_argument("--micro-rows", type=int, default=8)
   parser.add_argument("--length", type=int, default=256)
   parser.add_argument("--fraction", type=float, default=1.0, help="of the tokens in the mask")
+  parser.add_argument("--longest", type=int, default=0, help="response, where lengths differ")
+  parser.add_argument("--pack-tokens", type=int, default=0, help="of ours; 0: no packs")
   parser.add_argument("--repeat", type=int, default=5)
   args = parser.parse_args()
-  rng = np.random.default_rng(0)
-  shape = (args.rows // args.micro_rows, args.micro_rows, args.length)
-  mask = rng.random(shape) < args.fraction
-  mask[..., 0] = False  # the first token of a row is given
-  batch = TrainRows(
-    tokens=rng.integers(0, CONFIG.vocab_size, shape, np.int32), is_token=np.ones(shape, bool),
-    mask=mask, logprobs=np.full(shape, -np.log(CONFIG.vocab_size), np.float32),
-    advantages=rng.normal(size=shape).astype(np.float32),
-  )  # fmt: skip
+  rows = drawn_rows(args)
   params = jax.jit(lambda: model.init_params(CONFIG, jax.random.key(0)))()
   with tempfile.TemporaryDirectory() as folder:
     hf.save_pretrained(folder, CONFIG, params)
-    steps = {"torch": theirs(folder, batch)}
-  steps["spo_jax"] = ours(params, batch)
-  print(
-    f"{model.count_params(CONFIG) / 1e6:.1f} M parameters, {args.rows} rows of {args.length} in "
-    f"micro-batches of {args.micro_rows}, {mask.sum()} tokens in the mask"
-  )
+    print(
+      f"{model.count_params(CONFIG) / 1e6:.1f} M parameters, {args.rows} rows of "
+      f"{rows.is_token.sum() / args.rows:.0f} tokens, {rows.tokens.shape[1]} at most, in "
+      f"micro-batches of {args.micro_rows}, {rows.mask.sum()} tokens in the mask"
+    )
+    steps = {"torch": theirs(folder, rows, args.micro_rows)}
+  micro_rows = len(jax.devices()) if args.pack_tokens else args.micro_rows
+  steps["spo_jax"] = ours(params, rows, micro_rows, args.pack_tokens)
   turns = side_by_side.compare(
-    steps, args.rows * args.length, args.repeat, ("torch", "spo_jax")
+    steps, int(rows.is_token.sum()), args.repeat, ("torch", "spo_jax")
   )
   norms = {side: found[0] for side, found in turns.items()}
   print("  gradient norms " + ", ".join(f"{side} {norm:.6g}" for side, norm in norms.items()))

@@ -7,11 +7,13 @@ decodes with `flash_decode`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from spo_jax.config import ConfigError
 from spo_jax.flash_decode import flash_decode
@@ -26,6 +28,10 @@ _LARGEST_BLOCK = 512
 _QUERIES = 128  # of a block of a pack, at most
 _CAUSAL_QUERIES = 64  # of a block of a row, at least
 _MOST_BLOCKS = 8  # of a row: each is compiled by itself
+
+# What is small is kept where scores are computed once more.
+_kept = functools.partial(checkpoint_name, name="attention")
+_KEEP = jax.checkpoint_policies.save_only_these_names("attention")
 
 Kernel = Callable[..., jax.Array]  # of q, keys, values and what else it needs of each row
 
@@ -148,8 +154,8 @@ def trie_attention(
   # What blocks find on their paths is added up by the loop, in float32.
   anywhere = (_exact(keys), _exact(values))
 
-  # Keys and scores of one block at a time, computed once more in the backward pass.
-  @jax.checkpoint
+  # Keys and scores of one block at a time, once more in the backward pass.
+  @functools.partial(jax.checkpoint, policy=_KEEP)
   def attend(inputs: tuple[jax.Array, ...]) -> jax.Array:
     q, path, seen, *own = inputs
     seen_keys, seen_values = (
@@ -196,12 +202,12 @@ def dense(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> 
   scores = jnp.einsum("bkmh,bkch->bkmc", by_head, keys, preferred_element_type=jnp.float32)
   scores = scores.reshape(b, k, -1, t, c) * h**-0.5
   scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-  weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-  weights = weights.reshape(b, k, -1, c)
+  top = _kept(jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+  weights = jnp.exp(scores - top).reshape(b, k, -1, c)
   out = jnp.einsum(
     "bkmc,bkch->bkmh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
   )
-  out = out / jnp.sum(weights, axis=-1, keepdims=True)
+  out = _kept(out) / _kept(jnp.sum(weights, axis=-1, keepdims=True))
   return out.astype(values.dtype).reshape(b, n, t, h).swapaxes(1, 2)
 
 
