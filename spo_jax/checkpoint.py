@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from spo_jax.distributed import is_alone
+from spo_jax.errors import said
 from spo_jax.runlog import writing
 from spo_jax.structs import Edges
 
@@ -121,13 +122,13 @@ class Checkpoints:
         return step, *self.restore(step, template)
       except Exception as error:  # of the file system, of every format inside: many kinds
         broken = self._manager.directory / str(step)
-        said = " ".join(str(error).split())[:200]
         if not is_alone():
           raise CheckpointError(
-            f"a process cannot read {broken} ({said}). Move it away, and --resume goes on from "
-            "the one before it."
+            f"a process cannot read {broken} ({said(error)}). Move it away, and --resume goes on "
+            "from the one before it."
           ) from error
-        print(f"warning: {broken} cannot be read and is passed over ({said})", file=sys.stderr)
+        print(f"warning: {broken} cannot be read and is passed over ({said(error)})",
+              file=sys.stderr)  # fmt: skip
     if steps:
       limit = "" if at_most is None else f" and is within what metrics.jsonl holds, {at_most}"
       raise CheckpointError(

@@ -19,6 +19,7 @@ from typing import Any
 
 from spo_jax import runlog
 from spo_jax.config import TaskConfig
+from spo_jax.errors import said
 from spo_jax.tasks import LOADERS, Problem, Task, load_task
 from spo_jax.tasks.data import parse_json
 
@@ -51,8 +52,7 @@ def grade_file(task: Task, source: Path, target: Path) -> tuple[int, int]:
           except ValueError as error:
             skipped += 1
             if skipped <= NAMED_LINES:
-              said = " ".join(str(error).split())[:200]
-              print(f"{source.name}:{number}: skipped: {said}", file=sys.stderr)
+              print(f"{source.name}:{number}: skipped: {said(error)}", file=sys.stderr)
         rewards = _write(task, good, output)
         graded += len(good)
         correct += sum(reward == 1 for reward in rewards)

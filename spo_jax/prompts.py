@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spo_jax import tokenizer as tokens
+from spo_jax.errors import said
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
@@ -97,9 +98,10 @@ def render(tokenizer: PreTrainedTokenizerBase, template: str, question: str) -> 
       [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
     ))  # fmt: skip
   except Exception as error:  # Chat templates are programs of their authors.
-    said = " ".join(str(error).split())[:200]
-    raise ValueError(f"task.prompt={template}: the tokenizer's chat template fails ({said}). Mend "
-                     "its tokenizer_config.json, or set task.prompt=plain.") from error  # fmt: skip
+    raise ValueError(
+      f"task.prompt={template}: the tokenizer's chat template fails ({said(error)}). Mend its "
+      "tokenizer_config.json, or set task.prompt=plain."
+    ) from error
   is_open = prompt.rstrip().endswith(chosen.opening.rstrip())
   return prompt if is_open else prompt + chosen.opening
 

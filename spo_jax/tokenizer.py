@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from spo_jax.errors import said
+
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -36,10 +38,9 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
   try:
     return AutoTokenizer.from_pretrained(name)
   except Exception as error:  # A broken file raises whatever its reader raises.
-    said = " ".join(str(error).split())[:200] or type(error).__name__
     fix = ("Save the tokenizer there anew" if folder.is_dir() else
            "Check the spelling and the network, or name a local folder")
-    raise ValueError(f"{name}: its tokenizer cannot be loaded. {fix}. ({said})") from error
+    raise ValueError(f"{name}: its tokenizer cannot be loaded. {fix}. ({said(error)})") from error
 
 
 def character_tokenizer(charset: str) -> PreTrainedTokenizerFast:

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from spo_jax.config import ConfigError
+from spo_jax.errors import said
 from spo_jax.plan.chips import Topology
 from spo_jax.plan.collectives import collective_bytes
 from spo_jax.plan.programs import Program
@@ -52,7 +53,7 @@ def _local_devices() -> list[jax.Device]:
     asked = os.environ.get("JAX_PLATFORMS", "")
     raise ConfigError(
       f"--topology local finds no devices with JAX_PLATFORMS={asked}. Unset it, or plan for cpu:N. "
-      f"{_one_line(error)}"
+      f"{said(error)}"
     ) from error
 
 
@@ -79,12 +80,8 @@ def _slice_devices(topology: Topology) -> list[jax.Device]:
     return list(described.devices)
   except Exception as error:  # of libtpu, which names no type
     raise ConfigError(
-      f"--topology {topology.name} is not known to libtpu: {_one_line(error)}"
+      f"--topology {topology.name} is not known to libtpu: {said(error)}"
     ) from error
-
-
-def _one_line(error: Exception) -> str:
-  return " ".join(str(error).split())[:200]
 
 
 @dataclass(frozen=True)
@@ -134,13 +131,13 @@ class Compiler:
 def _compiled(lowered: Any, layers: int, turns: Mapping[str, int]) -> Measured:
   started = time.perf_counter()
   try:
-    with _stderr() as said:
+    with _stderr() as written:
       compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     return _refused(error, time.perf_counter() - started, layers)
   seconds = time.perf_counter() - started
   memory = compiled.memory_analysis()
-  temporaries = assigned_bytes("".join(said)) or memory.temp_size_in_bytes
+  temporaries = assigned_bytes("".join(written)) or memory.temp_size_in_bytes
   return Measured(
     peak=memory.argument_size_in_bytes + temporaries
     + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -153,12 +150,12 @@ def _compiled(lowered: Any, layers: int, turns: Mapping[str, int]) -> Measured:
   )  # fmt: skip
 
 
-def assigned_bytes(said: str) -> int:
-  """Of a TPU's temporaries, from what libtpu said; 0 where it said nothing.
+def assigned_bytes(written: str) -> int:
+  """Of a TPU's temporaries, from what libtpu wrote; 0 where it wrote nothing.
 
   `memory_analysis()` of a TPU counts what is lost between buffers twice, which can be gigabytes.
   """
-  last = said.rpartition("Assigning buffers to module")[2]
+  last = written.rpartition("Assigning buffers to module")[2]
   found = re.search(r"Result size from heap simulator: (\d+)", last)  # the first heap is HBM's
   return int(found[1]) if found else 0
 
@@ -166,17 +163,17 @@ def assigned_bytes(said: str) -> int:
 @contextlib.contextmanager
 def _stderr() -> Iterator[list[str]]:
   """What is written to stderr meanwhile, by native code too."""
-  said: list[str] = []
+  written: list[str] = []
   shown = os.dup(2)
   with tempfile.TemporaryFile("w+", errors="replace") as file:
     os.dup2(file.fileno(), 2)
     try:
-      yield said
+      yield written
     finally:
       os.dup2(shown, 2)
       os.close(shown)
       file.seek(0)
-      said.append(file.read())
+      written.append(file.read())
 
 
 def extrapolate(found: list[Measured], layers: int, per_layer: float = 0) -> Measured:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from spo_jax.errors import said
 from spo_jax.tasks.base import SPLITS, Problem, Task, unknown_name
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -103,7 +104,7 @@ class Dataset:
         uid = _hash(f"{split}\0{nth}\0{problem.prompt}")
         problems.append(dataclasses.replace(problem, uid=uid))
       except ValueError as error:
-        skipped.append(f"{place}: {' '.join(str(error).split())[:200]}")
+        skipped.append(f"{place}: {said(error)}")
         file = place.rpartition(":")[0]
         self._task.skipped[file] = self._task.skipped.get(file, 0) + 1
     if not problems:
@@ -211,8 +212,7 @@ def _file_rows(files: list[Path]) -> Iterator[tuple[str, Any]]:
         if row is not _BLANK:
           yield f"{file.name}:{number}", row
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-      said = " ".join(str(error).split())[:200]
-      raise ValueError(f"{file} cannot be read ({said}): replace it") from error
+      raise ValueError(f"{file} cannot be read ({said(error)}): replace it") from error
 
 
 def _json_rows(file: Path) -> Iterator[Any]:
@@ -236,9 +236,8 @@ def _load_hub(path: str) -> dict[str, _Rows]:
 
     loaded = datasets.load_dataset(name, config or None)
   except Exception as error:  # the hub, the network and the builder raise many kinds
-    said = " ".join(str(error).split())[:200]
-    raise ValueError(f"task.path={path}: the hub dataset cannot be loaded ({said}): check name and "
-                     "network, or name a local file or folder") from error  # fmt: skip
+    raise ValueError(f"task.path={path}: the hub dataset cannot be loaded ({said(error)}): check "
+                     "name and network, or name a local file or folder") from error  # fmt: skip
   splits: dict[str, _Rows] = {
     split: partial(_hub_rows, rows, f"{path}/{split}")
     for key, rows in loaded.items() if (split := _split_name(str(key)))
