@@ -23,7 +23,7 @@ cd "$(dirname "$0")/.."
 source launch/lib.sh
 
 tpu=(gcloud compute tpus tpu-vm)
-MAX_FAILURES=5  # to create the slice, in a row: there may be room for it a little later
+MAX_FAILURES=5  # to create the first slice; for another one it waits until there is room
 
 # Steps are chained with &&: errexit does not hold where `run` asks for the exit code.
 create() {
@@ -75,7 +75,7 @@ state() {
 }
 
 until_done() {
-  local code now is_set_up=false failures=0
+  local code now is_set_up=false had_slice=false failures=0
   if $DRY_RUN; then
     create; setup; train "$@"
     echo "# exit code 0: done. Else the state of the slice decides:"
@@ -92,15 +92,16 @@ until_done() {
       is_set_up=false
       if ! { { [[ $now == MISSING ]] || delete; } && create; }; then
         failures=$((failures + 1))
-        ((failures < MAX_FAILURES)) ||
+        $had_slice || ((failures < MAX_FAILURES)) ||
           die "creating '${option[name]}' failed $failures times in a row: mend what gcloud says" \
             "above (project, quota, --zone, --type), then run this again"
-        echo "$0: no slice yet (failure $failures of $MAX_FAILURES); trying again in a minute" >&2
+        echo "$0: no slice yet (failure $failures in a row); trying again in a minute" >&2
         sleep 60
         continue
       fi
       failures=0
     fi
+    had_slice=true
     if ! $is_set_up; then
       setup && is_set_up=true || code=$?
     fi

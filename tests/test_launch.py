@@ -332,6 +332,21 @@ def test_tpu_run_ends_when_no_slice_can_be_created(tmp_path, answer):
   assert "creating 'pod' failed 5 times in a row" in done.stderr.splitlines()[-1]
 
 
+def test_tpu_run_waits_for_room_when_its_slice_was_preempted(tmp_path):
+  gcloud = (
+    'left() { [[ -s $T/$1 ]] && sed -i 1d "$T/$1"; }\necho "did $4" >&2\ncase $4 in\n'
+    'describe) left ready && echo READY || echo NOT_FOUND >&2 ;;\n'
+    'create) left full && exit 1; printf "1\\n1\\n1\\n" > "$T/ready" ;;\n'
+    'ssh) left broken && exit 255; exit 0 ;;\nesac'
+  )
+  for name, times in (("ready", 1), ("broken", 1), ("full", 8)):
+    (tmp_path / name).write_text("1\n" * times)
+  path = fake_programs(tmp_path / "bin", gcloud=gcloud, sleep="", git="", mkdir="")
+  done = launch("tpu_vm.sh", "run", *TPU, *BUCKET, *TRAIN, PATH=path, T=str(tmp_path))
+  assert done.returncode == 0, done.stderr
+  assert done.stderr.count("did create") == 9 and "failure 8 in a row" in done.stderr
+
+
 def test_tpu_run_takes_a_slice_that_it_did_not_see_for_a_moment(tmp_path):
   gcloud = (
     'case $4 in\ndescribe) [[ -e $T/tried ]] && echo READY ;;\n'
@@ -340,7 +355,7 @@ def test_tpu_run_takes_a_slice_that_it_did_not_see_for_a_moment(tmp_path):
   path = fake_programs(tmp_path / "bin", gcloud=gcloud, sleep="", git="", mkdir="")
   done = launch("tpu_vm.sh", "run", *TPU, *BUCKET, *TRAIN, PATH=path, T=str(tmp_path))
   assert (done.returncode, done.stdout) == (0, "did scp\ndid ssh\ndid ssh\n"), done.stderr
-  assert "ALREADY_EXISTS" in done.stderr and "failure 1 of 5" in done.stderr
+  assert "ALREADY_EXISTS" in done.stderr and "failure 1 in a row" in done.stderr
 
 
 def test_jobset_runs_one_pod_per_host_and_does_not_count_preemptions():
