@@ -140,9 +140,16 @@ def test_two_processes_and_then_four_are_the_run_of_one(config, alone, tmp_path)
   for code, _, err in results:
     assert code == 0, err[-2000:]
   assert "Held-out accuracy" in results[0][1]
-  for _, out, _ in results[1:]:  # one of them speaks, and the library that connects them
-    assert all(line.startswith("[Gloo]") for line in out.splitlines())
+  for _, out, _ in results[1:]:
+    assert_says_nothing(out)
   assert_close_runs(tmp_path, alone)
+
+
+def assert_says_nothing(out):
+  """Only the main process does, and the library that connects them, from several threads."""
+  rank = r"\[Gloo\] Rank \d+"
+  peers = r" is connected to \d+ peer ranks. Expected number of connected peer ranks is : \d+"
+  assert not re.sub(f"{rank}|{peers}", "", out).strip()
 
 
 def assert_close_runs(run_dir, reference, *ignored):
@@ -203,7 +210,7 @@ def test_an_evaluation_by_two_processes_is_that_of_one(alone, tmp_path):
       start_command(2, *asked, "--output", two)
     )
     assert code == other_code == 0, err[-2000:] + other_err[-2000:]
-    assert all(line.startswith("[Gloo]") for line in other_out.splitlines()), other_out
+    assert_says_nothing(other_out)
     assert "18 questions x 2 samples" in out
     assert sorted(path.name for path in two.iterdir()) == sorted(p.name for p in one.iterdir())
     for name in ("samples.jsonl", "settings.json"):
@@ -325,7 +332,8 @@ def test_a_checkpoint_that_one_process_cannot_read_is_named(config, alone, tmp_p
   largest = max(files, key=lambda file: file.stat().st_size)
   os.truncate(largest, largest.stat().st_size // 2)
   (run_dir / "summary.json").unlink()
-  first, second = finish(start(2, config, run_dir, "--resume", settings=sharded))
+  longer = [*sharded, "train.iterations=42"]  # so that neither ends without the other
+  first, second = finish(start(2, config, run_dir, "--resume", settings=longer))
   assert first[0] not in (0, 2) and second[0] == 1
   assert f"cannot read {newest}" in second[2] and "Move it away" in second[2]
   shutil.rmtree(newest)
