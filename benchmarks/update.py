@@ -2,7 +2,7 @@
 
     python benchmarks/update.py --rows 32 --micro-rows 8 --length 256    # needs the extra `parity`
     JAX_NUM_CPU_DEVICES=2 python benchmarks/update.py    # rows shared out to two devices
-    python benchmarks/update.py --rows 64 --longest 480 --pack-tokens 2048
+    python benchmarks/update.py --rows 64 --longest 480 --pack-tokens 1152
 
 The torch side is what a user would write: a transformers model, log_softmax over the vocabulary,
 the clipped objective, gradients over micro-batches, each as long as its longest row, clipping by

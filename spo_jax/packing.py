@@ -180,12 +180,13 @@ def optimiser_batches(
   places = np.flatnonzero(np.tile(own, micro_batches))
   for _ in range(epochs if updates else 0):
     for part in np.array_split(rng.permutation(signal), updates):
-      taken, count = select(rows, part), len(part)
       if pack_tokens:
-        packing = pack(taken, pack_tokens)
+        packing = pack(select(rows, part), pack_tokens)
         made, count = packing.make(places), packing.count
       else:
-        made = jax.tree.map(lambda x: fill(x, micro_batches * micro_batch_rows)[places], taken)
+        count = len(part)
+        taken = select(rows, part[places[places < count]])
+        made = jax.tree.map(lambda x: fill(x, len(places)), taken)
       yield (
         jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), made),
         -(-count // micro_batch_rows),
