@@ -7,9 +7,11 @@ process everything here does nothing.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -81,8 +83,12 @@ def is_alone() -> bool:
 
 
 def own_directory(directory: Path) -> Path:
-  """The directory on the main process; elsewhere one that nobody looks at."""
-  return directory if is_main() else Path(tempfile.mkdtemp(prefix="spo_jax-"))
+  """The directory on the main process; elsewhere one that nobody looks at, removed at the end."""
+  if is_main():
+    return directory
+  scratch = tempfile.mkdtemp(prefix="spo_jax-")
+  atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+  return Path(scratch)
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from spo_jax.compiles import CompileCount
 from spo_jax.config import Config, ConfigError, changed_keys, load, to_yaml
 from spo_jax.experiment import Experiment, Purpose, build
 from spo_jax.model import count_params
+from spo_jax.packs import most_packs
 from spo_jax.report import write_report
 from spo_jax.run import Clock, Run
 from spo_jax.structs import TrainRows
@@ -162,7 +163,8 @@ def plan(experiment: Experiment) -> str:
     f"tokens per level, {config.leaves} leaves",
   }.get(config.algorithm, f"{rollout.samples} responses each")
   width = config.train.pack_tokens
-  packs = f" packs of {width} tokens" if width else ""
+  most = most_packs(config.train.batch_rows, config.row_tokens, width) if width else 0
+  packs = f" packs of {width} tokens (an update has {most} at most)" if width else ""
   devices = jax.devices()
   skipped = {f"bad rows of {file}": count for file, count in experiment.task.skipped.items()}
   left_out = {**skipped, **experiment.left_out}

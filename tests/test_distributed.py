@@ -370,6 +370,17 @@ def test_auto_without_a_cluster_is_refused(monkeypatch):
     distributed.initialize()
 
 
+def test_a_process_that_does_not_log_leaves_no_files(tmp_path):
+  program = (
+    "from spo_jax import distributed as d; d.is_main = lambda: False; "
+    "own = d.own_directory('run'); (own / 'metrics.jsonl').write_text('1'); print(own)"
+  )
+  process = popen([sys.executable, "-c", program], {"TMPDIR": str(tmp_path)})
+  ((code, out, err),) = finish([process])
+  assert (code, Path(out.strip()).parent) == (0, tmp_path), err
+  assert not list(tmp_path.iterdir())
+
+
 def test_counts_of_all_processes_add_up(monkeypatch):
   monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
   monkeypatch.setattr(

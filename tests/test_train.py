@@ -81,7 +81,7 @@ def test_room_for_demonstrations_is_not_asked_for_without_a_warm_start(train, co
 
 
 def test_a_dry_run_prints_the_config_and_the_plan_and_makes_nothing(train, config, tmp_path):
-  settings = ["algorithm=tree", "seed=5", "optimizer.learning_rate=3e-5"]
+  settings = ["algorithm=tree", "seed=5", "optimizer.learning_rate=3e-5", "train.pack_tokens=64"]
   result = train(
     "--config", config, "--dry-run", "--run-dir", tmp_path / "run", "--set", *settings, cwd=tmp_path
   )
@@ -91,7 +91,8 @@ def test_a_dry_run_prints_the_config_and_the_plan_and_makes_nothing(train, confi
   (tmp_path / "printed.yaml").write_text(printed)
   assert load(tmp_path / "printed.yaml") == load(config, settings)
   assert spo_jax.__version__ in plan
-  for words in ("6 iterations of 4 questions", "[2, 2]", "4 leaves", "8 rows at once"):
+  for words in ("6 iterations of 4 questions", "[2, 2]", "4 leaves", "8 rows at once",
+                "packs of 64 tokens (an update has 2 at most)"):  # fmt: skip
     assert words in plan
 
 
