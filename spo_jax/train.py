@@ -162,9 +162,10 @@ def plan(experiment: Experiment) -> str:
     "tree": f"one tree each, branch factors {list(spo.branch_factors)}, {spo.segment_tokens} "
     f"tokens per level, {config.leaves} leaves",
   }.get(config.algorithm, f"{rollout.samples} responses each")
-  width = config.train.pack_tokens
-  most = most_packs(config.train.batch_rows, config.row_tokens, width) if width else 0
-  packs = f" packs of {width} tokens (an update has {most} at most)" if width else ""
+  packs = ""
+  if width := config.train.pack_tokens:
+    most = most_packs(config.train.batch_rows, config.row_tokens, width)
+    packs = f" packs of {width} tokens (an update has {most} at most)"
   devices = jax.devices()
   skipped = {f"bad rows of {file}": count for file, count in experiment.task.skipped.items()}
   left_out = {**skipped, **experiment.left_out}
