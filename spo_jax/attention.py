@@ -44,8 +44,8 @@ class TrieBlocks(NamedTuple):
   that one in its row.
   """
 
-  path: jax.Array  # i32[B, n, R], slots by depth; -1: there is none
-  seen: jax.Array  # bool[B, n, Q, R + Q], of the path and of the block's own slots
+  slots: jax.Array  # i32[B, n, R + Q], those of the path by depth (-1: none), and its own
+  seen: jax.Array  # bool[B, n, Q, R + Q], which of them each query sees
 
 
 def causal_attention(
@@ -125,7 +125,8 @@ def trie_blocks(trie: Trie) -> TrieBlocks:
   own_end = end.reshape(rows, count, 1, block)
   on_path = slots[..., None] < path_end[:, :, None]
   own = (slots[:, None, :] <= slots[..., None]) & (slots[..., None] < own_end)
-  return TrieBlocks(path, jnp.concatenate([on_path, own], axis=-1))
+  mine = jnp.broadcast_to(slots, (rows, count, block))
+  return TrieBlocks(*(jnp.concatenate(x, axis=-1) for x in ((path, mine), (on_path, own))))
 
 
 def trie_keys(length: int, row_tokens: int) -> int:
@@ -144,40 +145,32 @@ def trie_attention(
   """
   rows, length, heads, width = q.shape
   count, block = blocks.seen.shape[1:3]
-  more = count * block - length
-
-  def by_block(x: jax.Array, axis: int) -> jax.Array:
-    """[..., T, ...] -> [n, ..., Q, ...]"""
-    x = jnp.pad(x, [(0, more * (i == axis)) for i in range(x.ndim)])
-    return jnp.moveaxis(x.reshape(*x.shape[:axis], count, block, *x.shape[axis + 1 :]), axis, 0)
-
-  # What blocks find on their paths is added up by the loop, in float32.
-  anywhere = (_exact(keys), _exact(values))
+  q = jnp.pad(q, ((0, 0), (0, count * block - length), (0, 0), (0, 0)))
+  by_block = q.reshape(rows, count, block, heads, width)
+  # What blocks find is added up by the loop, in float32. It is gathered head by head, which a CPU
+  # does several times faster than all heads of a slot at once.
+  anywhere, gather = (_exact(keys), _exact(values)), jax.vmap(take_slots)
 
   # Keys and scores of one block at a time, once more in the backward pass.
   @functools.partial(jax.checkpoint, policy=_KEEP)
   def attend(inputs: tuple[jax.Array, ...]) -> jax.Array:
-    q, path, seen, *own = inputs
+    q, slots, seen = inputs
+    slots = jnp.broadcast_to(slots[:, None], (*keys.shape[:2], slots.shape[1]))
     seen_keys, seen_values = (
-      jnp.concatenate([take_slots(x, path, axis=2).astype(mine.dtype), mine], axis=2)
-      for x, mine in zip(anywhere, own)
+      constrain(gather(x, slots).astype(keys.dtype), "cache") for x in anywhere
     )
-    out = dense(
-      constrain(q, "heads"), constrain(seen_keys, "cache"), constrain(seen_values, "cache"), seen
-    )
-    return constrain(out, "heads")
+    return constrain(dense(constrain(q, "heads"), seen_keys, seen_values, seen), "heads")
 
-  path, seen = (jnp.moveaxis(x, 1, 0) for x in blocks)
-  out = jax.lax.map(attend, (by_block(q, 1), path, seen, by_block(keys, 2), by_block(values, 2)))
+  out = jax.lax.map(attend, tuple(jnp.moveaxis(x, 1, 0) for x in (by_block, *blocks)))
   return jnp.moveaxis(out, 0, 1).reshape(rows, -1, heads, width)[:, :length]
 
 
-def take_slots(x: jax.Array, slots: jax.Array, axis: int = 1) -> jax.Array:
-  """Row b of `x` at slots[b] of an axis: i32[B, M]; what lies outside is taken from the ends.
+def take_slots(x: jax.Array, slots: jax.Array) -> jax.Array:
+  """Row b of [B, L, ...] at slots[b]: i32[B, M]; what lies outside is taken from the ends.
 
   Gradients of a slot that is taken several times are added up in float32.
   """
-  take = jax.vmap(lambda row, at: jnp.take(row, at, axis=axis - 1, mode="clip"))
+  take = jax.vmap(lambda row, at: jnp.take(row, at, axis=0, mode="clip"))
   return take(_exact(x), slots).astype(x.dtype)
 
 

@@ -48,6 +48,9 @@ class RMSNorm(nn.Module):
     return (x32 * scale * weight).astype(x.dtype)
 
 
+Turns = tuple[jax.Array, jax.Array]  # cosines and sines of angles, f32[B, T, 1, H / 2] each
+
+
 def inverse_frequencies(config: ModelConfig) -> np.ndarray:
   """Radians per position of every pair of channels, f32[H / 2], as transformers computes them.
 
@@ -74,18 +77,30 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
   return ((1 - kept) * slowed + kept * frequency).astype(np.float32)
 
 
-def rotate(x: jax.Array, positions: jax.Array, frequency: np.ndarray) -> jax.Array:
+def turns(config: ModelConfig, positions: jax.Array, most: int) -> Turns:
+  """Those of positions i32[B, T] below `most`, looked up in a table.
+
+  Were they computed, XLA would do so in every layer, and for every head that is turned.
+  """
+  angles = jnp.arange(most, dtype=jnp.float32)[:, None] * inverse_frequencies(config)
+  cos, sin = (
+    jnp.take(table, positions, axis=0, mode="clip")[..., None, :]
+    for table in (jnp.cos(angles), jnp.sin(angles))
+  )
+  return cos, sin
+
+
+def rotate(x: jax.Array, turned: Turns) -> jax.Array:
   """Rotary position embedding, the two-halves form of Llama (arXiv:2104.09864).
 
   Args:
-    x: [B, T, heads, H]; positions: i32[B, T]; frequency: f32[H / 2], radians per position.
+    x: [B, T, heads, H]; turned: what `turns` found.
   Returns: x turned, in its dtype.
   """
-  angle = positions[..., None, None].astype(jnp.float32) * frequency
-  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  cos, sin = turned
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-  return turned.astype(x.dtype)
+  both = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  return both.astype(x.dtype)
 
 
 @jax.custom_vjp
@@ -121,6 +136,7 @@ class Attention(nn.Module):
     self,
     x: jax.Array,
     positions: jax.Array,
+    turned: Turns,
     is_token: jax.Array,
     past: tuple[jax.Array, jax.Array] | None,
     blocks: TrieBlocks | None,
@@ -138,8 +154,7 @@ class Attention(nn.Module):
     v = project(c.num_kv_heads, "v_proj")
     if c.qk_norm:
       q, k = RMSNorm(c.norm_eps, name="q_norm")(q), RMSNorm(c.norm_eps, name="k_norm")(k)
-    frequency = inverse_frequencies(c)
-    q, k = rotate(q, positions, frequency), rotate(k, positions, frequency)
+    q, k = rotate(q, turned), rotate(k, turned)
     if past is None:
       keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
     else:
@@ -209,6 +224,7 @@ class DecoderLayer(nn.Module):
     self,
     x: jax.Array,
     positions: jax.Array,
+    turned: Turns,
     is_token: jax.Array,
     past: tuple[jax.Array, jax.Array] | None,
     blocks: TrieBlocks | None,
@@ -216,7 +232,7 @@ class DecoderLayer(nn.Module):
     eps = self.config.norm_eps
     normed = RMSNorm(eps, name="input_layernorm")(x)
     out, present = Attention(self.config, name="self_attn")(
-      normed, positions, is_token, past, blocks
+      normed, positions, turned, is_token, past, blocks
     )
     x = constrain(x + out, "rows")
     normed = RMSNorm(eps, name="post_attention_layernorm")(x)
@@ -246,7 +262,8 @@ class Decoder(nn.Module):
     """One forward pass.
 
     Args:
-      tokens, positions: i32[B, T], from 0 on where there is no cache; is_token: bool[B, T].
+      tokens: i32[B, T]; positions: the same or, for all rows, i32[1, T], below the capacity of the
+        cache, the length of a row of `trie`, or T; is_token: bool[B, T].
     Returns: hidden [B, T, E] and per-layer (keys, values), each [B, K, C, H].
     """
     c = self.config
@@ -258,11 +275,13 @@ class Decoder(nn.Module):
     layer = DecoderLayer
     if self.remat != "none":
       layer = nn.remat(DecoderLayer, policy=_KEPT[self.remat])
+    most = tokens.shape[1] if cache is None else cache.keys[0].shape[2]
+    turned = turns(c, positions, most if trie is None else trie.row_tokens)
     presents = []
     blocks = None if trie is None else trie_blocks(trie)
     for i in range(c.num_layers):
       past = (cache.keys[i], cache.values[i]) if cache is not None else None
-      x, present = layer(c, name=f"layers_{i}")(x, positions, is_token, past, blocks)
+      x, present = layer(c, name=f"layers_{i}")(x, positions, turned, is_token, past, blocks)
       presents.append(present)
     keys, values = zip(*presents)
     return RMSNorm(c.norm_eps, name="norm")(x), (keys, values)
@@ -307,7 +326,7 @@ def _causal(
   config: ModelConfig, params: Params, tokens: jax.Array, mask: jax.Array, remat: str = "none"
 ) -> Any:
   """Forward over right-padded rows from position 0: hidden states, keys and values."""
-  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+  positions = jnp.arange(tokens.shape[1])[None]
   return _apply(config, params, tokens, positions, mask, remat=remat)
 
 
