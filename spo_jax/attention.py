@@ -192,7 +192,7 @@ def dense(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> 
   k, c = keys.shape[1:3]
   # The M queries of each head of keys in one dimension: nothing large is in another order.
   by_head = q.swapaxes(1, 2).reshape(b, k, -1, h)
-  scores = jnp.einsum("bkmh,bkch->bkmc", by_head, keys, preferred_element_type=jnp.float32)
+  scores = (_scores_of_few if t == 1 else _scores)(by_head, keys)
   scores = scores.reshape(b, k, -1, t, c) * h**-0.5
   scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
   top = _kept(jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
@@ -202,6 +202,22 @@ def dense(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> 
   )
   out = _kept(out) / _kept(jnp.sum(weights, axis=-1, keepdims=True))
   return out.astype(values.dtype).reshape(b, n, t, h).swapaxes(1, 2)
+
+
+def _scores(q: jax.Array, keys: jax.Array) -> jax.Array:
+  """[B, K, M, H] times [B, K, C, H]: f32[B, K, M, C]."""
+  return jnp.einsum("bkmh,bkch->bkmc", q, keys, preferred_element_type=jnp.float32)
+
+
+def _scores_of_few(q: jax.Array, keys: jax.Array) -> jax.Array:
+  """As `_scores` of one token; a CPU multiplies many keys with few queries faster than these
+  with those, and XLA, where nothing bars it, turns the product over."""
+
+  def turned(q: jax.Array, keys: jax.Array) -> jax.Array:
+    scores = jnp.einsum("bkch,bkmh->bkcm", keys, q, preferred_element_type=jnp.float32)
+    return jax.lax.optimization_barrier(scores).swapaxes(2, 3)
+
+  return jax.lax.platform_dependent(q, keys, cpu=turned, default=_scores)
 
 
 def splash(
