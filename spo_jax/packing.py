@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from spo_jax.config import TrainConfig
 from spo_jax.layout import (
   before,
   behind_prompts,
@@ -153,30 +154,42 @@ class EdgeBuffer:
     return select(fresh, np.resize(drawn, count) if repeat and len(drawn) else drawn)
 
 
+def micro_batch_size(train: TrainConfig, row_tokens: int, shards: int) -> int:
+  """How many rows, or packs, of a micro-batch: packs have the slots of as many rows.
+
+  Args:
+    shards: parts of a micro-batch, which have a pack each at least.
+  """
+  if not train.pack_tokens:
+    return train.micro_batch_rows
+  packs = train.micro_batch_rows * row_tokens // train.pack_tokens
+  return max(packs // shards, 1) * shards
+
+
 def optimiser_batches(
   rows: TrainRows,
   batch_rows: int,
-  micro_batch_rows: int,
+  micro_batch: int,
   epochs: int,
   rng: np.random.Generator,
   pack_tokens: int = 0,
   own: np.ndarray | None = None,
 ) -> Iterator[tuple[TrainRows, int]]:
-  """Shuffled batches of fixed shape [micro-batches, micro_batch_rows, L].
+  """Shuffled batches of fixed shape [micro-batches, micro_batch, L].
 
   Rows without signal (no masked token with an advantage) are left out. The rest is spread
   evenly over the fewest updates that hold it, so that no update is made from a few rows.
 
   Args:
     pack_tokens: more than 0: the rows of an update are packed, and L is this.
-    own: bool[micro_batch_rows], the rows of a micro-batch that this process has; None: all.
+    own: bool[micro_batch], the rows of a micro-batch that this process has; None: all.
   Yields: its rows of the batch, filled up with empty ones, and how many micro-batches are used.
   """
   signal = np.flatnonzero((rows.mask & (rows.advantages != 0)).any(axis=1))
   updates = -(-len(signal) // batch_rows)
   most = most_packs(batch_rows, rows.tokens.shape[1], pack_tokens) if pack_tokens else batch_rows
-  micro_batches = -(-most // micro_batch_rows)
-  own = np.ones(micro_batch_rows, bool) if own is None else own
+  micro_batches = -(-most // micro_batch)
+  own = np.ones(micro_batch, bool) if own is None else own
   places = np.flatnonzero(np.tile(own, micro_batches))
   for _ in range(epochs if updates else 0):
     for part in np.array_split(rng.permutation(signal), updates):
@@ -189,7 +202,7 @@ def optimiser_batches(
         made = jax.tree.map(lambda x: fill(x, len(places)), taken)
       yield (
         jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), made),
-        -(-count // micro_batch_rows),
+        -(-count // micro_batch),
       )
 
 

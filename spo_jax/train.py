@@ -79,16 +79,18 @@ _LIVE = {
 def learn(run: Run, rows: TrainRows, iteration: int) -> dict[str, float]:
   """The policy updates of one iteration; nothing crosses to the host inside one."""
   config, mesh = run.experiment.config, run.experiment.mesh
-  micro_rows = config.train.micro_batch_rows
+  micro_batch = packing.micro_batch_size(
+    config.train, rows.tokens.shape[1], sharding.row_shards(mesh)
+  )
   temperature = sharding.place(np.float32(config.rollout.temperature), "scalar", mesh)
   measured = []
   for batch, used in packing.optimiser_batches(
-    rows, config.train.batch_rows, micro_rows, config.train.epochs,
+    rows, config.train.batch_rows, micro_batch, config.train.epochs,
     run.experiment.rng(Purpose.SHUFFLE, iteration), config.train.pack_tokens,
-    sharding.own_rows(micro_rows, mesh),
+    sharding.own_rows(micro_batch, mesh),
   ):  # fmt: skip
     on_device = (
-      sharding.place_own(batch, micro_rows, mesh), sharding.place(np.int32(used), "scalar", mesh)
+      sharding.place_own(batch, micro_batch, mesh), sharding.place(np.int32(used), "scalar", mesh)
     )  # fmt: skip
     with jax.transfer_guard("disallow"):
       run.state, metrics = policy_update(
@@ -162,10 +164,12 @@ def plan(experiment: Experiment) -> str:
     "tree": f"one tree each, branch factors {list(spo.branch_factors)}, {spo.segment_tokens} "
     f"tokens per level, {config.leaves} leaves",
   }.get(config.algorithm, f"{rollout.samples} responses each")
-  packs = ""
+  shards = sharding.row_shards(experiment.mesh)
+  at_once = packing.micro_batch_size(config.train, config.row_tokens, shards)
+  of_update = f"{config.train.batch_rows} rows"
   if width := config.train.pack_tokens:
     most = most_packs(config.train.batch_rows, config.row_tokens, width)
-    packs = f" packs of {width} tokens (an update has {most} at most)"
+    of_update += f" in at most {most} packs of {width} tokens"
   devices = jax.devices()
   skipped = {f"bad rows of {file}": count for file, count in experiment.task.skipped.items()}
   left_out = {**skipped, **experiment.left_out}
@@ -179,8 +183,7 @@ def plan(experiment: Experiment) -> str:
     *(f"  {row}" for row in experiment.task.skipped_rows),
     f"{config.train.iterations} iterations of {rollout.questions} questions: {shape}",
     f"rollouts: {rollout.rows} rows at once, {config.row_tokens} tokens each",
-    f"updates: {config.train.batch_rows} rows in micro-batches of "
-    f"{config.train.micro_batch_rows}{packs}, {config.train.epochs} epochs",
+    f"updates: {of_update}, {at_once} in a micro-batch, {config.train.epochs} epochs",
   ))  # fmt: skip
 
 

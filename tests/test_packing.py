@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spo_jax.packing import EdgeBuffer, edge_rows, optimiser_batches, trajectory_rows, tree_edges
+from spo_jax.config import TrainConfig
+from spo_jax.packing import (
+  EdgeBuffer,
+  edge_rows,
+  micro_batch_size,
+  optimiser_batches,
+  trajectory_rows,
+  tree_edges,
+)
 from spo_jax.structs import Edges, Prompts, RolloutTree, Samples, TrainRows, Trajectories
 
 P, LP, T = 3, 4, 6  # one width for all drawn examples
@@ -364,3 +372,14 @@ def test_epochs_shuffle_anew_and_the_generator_decides_how():
   assert first != second
   assert first != order(1)
   assert sorted(itertools.chain(*first)) == list(range(1, 25)) != list(itertools.chain(*first))
+
+
+@pytest.mark.parametrize(
+  ("pack_tokens", "shards", "expected"),
+  [(0, 4, 32), (100, 4, 32), (250, 4, 12), (1000, 1, 3), (1000, 4, 4), (5000, 1, 1)],
+)
+def test_packs_of_a_micro_batch_have_the_slots_of_its_rows_or_are_one_a_shard(
+  pack_tokens, shards, expected
+):
+  train = TrainConfig(micro_batch_rows=32, pack_tokens=pack_tokens)
+  assert micro_batch_size(train, 100, shards) == expected

@@ -92,7 +92,7 @@ def test_a_dry_run_prints_the_config_and_the_plan_and_makes_nothing(train, confi
   assert load(tmp_path / "printed.yaml") == load(config, settings)
   assert spo_jax.__version__ in plan
   for words in ("6 iterations of 4 questions", "[2, 2]", "4 leaves", "8 rows at once",
-                "packs of 64 tokens (an update has 2 at most)"):  # fmt: skip
+                "4 rows in at most 2 packs of 64 tokens, 1 in a micro-batch"):  # fmt: skip
     assert words in plan
 
 

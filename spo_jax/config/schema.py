@@ -128,7 +128,7 @@ class TrainConfig:
   iterations: int = 100
   epochs: int = 1  # passes over the rows of one iteration
   batch_rows: int = 128  # rows of one optimiser update
-  micro_batch_rows: int = 32  # rows (or packs) of one forward and backward pass
+  micro_batch_rows: int = 32  # rows of one forward and backward pass, or packs of as many slots
   pack_tokens: int = 0  # slots of a pack, in which rows share their beginnings; 0: no packs
   remat: str = "none"  # | dots | layer: what the backward pass computes again, see model.py
   clip_low: float = 0.2

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from spo_jax import model, sampler, sharding
 from spo_jax.attention import kernel_for, trie_keys
 from spo_jax.config import Config, ModelConfig, OptimizerConfig
+from spo_jax.packing import micro_batch_size
 from spo_jax.packs import most_packs
 from spo_jax.plan import costs
 from spo_jax.queues import QUEUE, filled, kept_at_once
@@ -288,7 +289,8 @@ class Programs:
 
   def _update(self) -> Program:
     config, train = self.config, self.config.train
-    length, micro, keys, most = config.row_tokens, train.micro_batch_rows, 0, train.batch_rows
+    length, keys, most = config.row_tokens, 0, train.batch_rows
+    micro = micro_batch_size(train, length, sharding.row_shards(self.mesh))
     if train.pack_tokens:
       length, most = train.pack_tokens, most_packs(most, length, train.pack_tokens)
       keys = trie_keys(length, config.row_tokens)
