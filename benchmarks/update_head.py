@@ -2,12 +2,14 @@
 
     python benchmarks/update_head.py                                    # Qwen2.5-0.5B, .15 of 512
     python benchmarks/update_head.py --ways packed --micro-batches 4    # memory of 4 x 512 tokens
-    python benchmarks/update_head.py --layers 2 --hidden 128 --vocab 20 --rows 32
+    python benchmarks/update_head.py --layers 2 --rows 32 --remat layer --topology v5p:2x2x1
 
 The first way is compared with the last: "plain" makes the logits [B, T, V] of everything at once,
 "chunked" a part of them at a time, "packed" those of the mask. They run in turn in this process,
 so that what else the machine does meets all of them; the highest memory that is printed belongs
-to the process, so it tells of one way only where one is given.
+to the process, so it tells of one way only where one is given. With `--topology` they are compiled
+for one chip of a slice, in bfloat16, and do not run; libtpu's figures are too high by its
+fragmentation.
 """
 
 from __future__ import annotations
@@ -23,9 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import side_by_side
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from spo_jax import head, model, update
-from spo_jax.config import ModelConfig, OptimizerConfig, TrainConfig
+from spo_jax import head, model, sharding, update
+from spo_jax.config import MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from spo_jax.plan.chips import parse_topology
+from spo_jax.plan.compiling import described_devices
 from spo_jax.structs import TrainRows
 
 GIB = 2**30
@@ -63,12 +68,18 @@ def random_batch(shape: tuple[int, int, int], vocab: int, fraction: float) -> Tr
   )  # fmt: skip
 
 
-def compiled(way: str, *arguments: Any) -> Any:
+def compiled(way: str, mesh: Mesh, static: tuple[Any, ...], inputs: Any) -> Any:
   """The program of an update whose head is evaluated in that way; prints what memory it takes."""
   jax.clear_caches()  # all ways have one name and one set of shapes
   started = time.perf_counter()
-  with mock.patch.object(update, "token_logprobs", WAYS[way]):
-    program = update.policy_update.lower(*arguments).compile()
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), inputs
+  )
+  config, _, optimizer = static
+  state = update.state_template(config, optimizer, mesh)
+  with jax.set_mesh(mesh), mock.patch.object(update, "token_logprobs", WAYS[way]):
+    program = update.policy_update.lower(*static, state, None, *shapes).compile()
   memory = program.memory_analysis()
   print(
     f"  {way:9} compiled in {time.perf_counter() - started:.0f} s, temporaries "
@@ -88,36 +99,40 @@ def main() -> None:
   parser.add_argument("--length", type=int, default=512)
   parser.add_argument("--fraction", type=float, default=0.15, help="of the tokens in the mask")
   parser.add_argument("--remat", default="none", help="train.remat: none, dots or layer")
+  parser.add_argument("--topology", help="compile only, for one chip of this slice")
   parser.add_argument("--repeat", type=int, default=5, help="0: compile only")
   parser.add_argument("--ways", nargs="+", choices=WAYS, default=["plain", "packed"])
   args = parser.parse_args()
+  topology = parse_topology(args.topology or "local")
+  mesh = sharding.make_mesh(MeshConfig(), described_devices(topology)[:1])
   config = ModelConfig(
     vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=args.hidden * 38 // 7,
     num_layers=args.layers, num_heads=args.hidden // 64, num_kv_heads=max(args.hidden // 448, 1),
     qkv_bias=True, rope_theta=1e6, norm_eps=1e-6,
+    compute_dtype="bfloat16" if args.topology else "float32",
   )  # fmt: skip
   batch = random_batch((args.micro_batches, args.rows, args.length), args.vocab, args.fraction)
   # So small a step that every turn is the same work on the same weights, whoever goes first.
   optimizer = update.make_optimizer(OptimizerConfig(learning_rate=1e-20))
-  initial = lambda: update.init_state(model.init_params(config, jax.random.key(0)), optimizer)
   train = TrainConfig(whiten=False, remat=args.remat)
   static = (config, train, optimizer)
-  inputs = (None, batch, jnp.int32(args.micro_batches), jnp.float32(1))
+  inputs = (batch, np.int32(args.micro_batches), np.float32(1))
   print(
     f"{model.count_params(config) / 1e6:.1f} M parameters, vocabulary {args.vocab}, "
     f"{args.micro_batches} micro-batches of {args.rows} x {args.length}, {batch.mask.sum()} tokens "
     f"in the mask, remat {args.remat}"
   )
-  programs = {way: compiled(way, *static, jax.eval_shape(initial), *inputs) for way in args.ways}
-  if not args.repeat:
+  programs = {way: compiled(way, mesh, static, inputs) for way in args.ways}
+  if args.topology or not args.repeat:
     return
 
-  state, inputs = jax.jit(initial)(), jax.device_put(inputs)
+  initial = jax.jit(lambda: model.init_params(config, jax.random.key(0)))
+  state, inputs = update.init_state(initial(), optimizer), jax.device_put(inputs)
 
   def step(program: Any) -> Callable[[int], np.ndarray]:
     def turn(_: int) -> np.ndarray:
       nonlocal state  # one for all ways: an update gives its memory to the next
-      state, metrics = program(state, *inputs)
+      state, metrics = program(state, None, *inputs)
       return np.array([metrics["loss/policy"], metrics["loss/gradient_norm"]])
 
     return turn

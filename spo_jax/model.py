@@ -48,7 +48,7 @@ class RMSNorm(nn.Module):
     return (x32 * scale * weight).astype(x.dtype)
 
 
-Turns = tuple[jax.Array, jax.Array]  # cosines and sines of angles, f32[B, T, 1, H / 2] each
+Rotation = tuple[jax.Array, jax.Array]  # cosines and sines, f32[B, T, 1, H / 2] each
 
 
 def inverse_frequencies(config: ModelConfig) -> np.ndarray:
@@ -77,8 +77,8 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
   return ((1 - kept) * slowed + kept * frequency).astype(np.float32)
 
 
-def turns(config: ModelConfig, positions: jax.Array, most: int) -> Turns:
-  """Those of positions i32[B, T] below `most`, looked up in a table.
+def rotation_at(config: ModelConfig, positions: jax.Array, most: int) -> Rotation:
+  """By how much channels are turned at positions i32[B, T] below `most`, looked up in a table.
 
   Were they computed, XLA would do so in every layer, and for every head that is turned.
   """
@@ -90,17 +90,17 @@ def turns(config: ModelConfig, positions: jax.Array, most: int) -> Turns:
   return cos, sin
 
 
-def rotate(x: jax.Array, turned: Turns) -> jax.Array:
+def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
   """Rotary position embedding, the two-halves form of Llama (arXiv:2104.09864).
 
   Args:
-    x: [B, T, heads, H]; turned: what `turns` found.
+    x: [B, T, heads, H].
   Returns: x turned, in its dtype.
   """
-  cos, sin = turned
+  cos, sin = rotation
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  both = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-  return both.astype(x.dtype)
+  turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  return turned.astype(x.dtype)
 
 
 @jax.custom_vjp
@@ -136,7 +136,7 @@ class Attention(nn.Module):
     self,
     x: jax.Array,
     positions: jax.Array,
-    turned: Turns,
+    rotation: Rotation,
     is_token: jax.Array,
     past: tuple[jax.Array, jax.Array] | None,
     blocks: TrieBlocks | None,
@@ -154,7 +154,7 @@ class Attention(nn.Module):
     v = project(c.num_kv_heads, "v_proj")
     if c.qk_norm:
       q, k = RMSNorm(c.norm_eps, name="q_norm")(q), RMSNorm(c.norm_eps, name="k_norm")(k)
-    q, k = rotate(q, turned), rotate(k, turned)
+    q, k = rotate(q, rotation), rotate(k, rotation)
     if past is None:
       keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
     else:
@@ -224,7 +224,7 @@ class DecoderLayer(nn.Module):
     self,
     x: jax.Array,
     positions: jax.Array,
-    turned: Turns,
+    rotation: Rotation,
     is_token: jax.Array,
     past: tuple[jax.Array, jax.Array] | None,
     blocks: TrieBlocks | None,
@@ -232,7 +232,7 @@ class DecoderLayer(nn.Module):
     eps = self.config.norm_eps
     normed = RMSNorm(eps, name="input_layernorm")(x)
     out, present = Attention(self.config, name="self_attn")(
-      normed, positions, turned, is_token, past, blocks
+      normed, positions, rotation, is_token, past, blocks
     )
     x = constrain(x + out, "rows")
     normed = RMSNorm(eps, name="post_attention_layernorm")(x)
@@ -276,12 +276,12 @@ class Decoder(nn.Module):
     if self.remat != "none":
       layer = nn.remat(DecoderLayer, policy=_KEPT[self.remat])
     most = tokens.shape[1] if cache is None else cache.keys[0].shape[2]
-    turned = turns(c, positions, most if trie is None else trie.row_tokens)
+    rotation = rotation_at(c, positions, most if trie is None else trie.row_tokens)
     presents = []
     blocks = None if trie is None else trie_blocks(trie)
     for i in range(c.num_layers):
       past = (cache.keys[i], cache.values[i]) if cache is not None else None
-      x, present = layer(c, name=f"layers_{i}")(x, positions, turned, is_token, past, blocks)
+      x, present = layer(c, name=f"layers_{i}")(x, positions, rotation, is_token, past, blocks)
       presents.append(present)
     keys, values = zip(*presents)
     return RMSNorm(c.norm_eps, name="norm")(x), (keys, values)

@@ -169,6 +169,17 @@ def test_a_token_behind_the_last_slot_of_a_cache_is_dropped():
     np.testing.assert_array_equal(changed.any(axis=(1, 3)), is_written)
 
 
+def test_the_rotary_embedding_is_computed_once_for_all_layers_and_heads():
+  """Cosines of a compiled step of decoding: XLA would have two a layer, those of q and of k."""
+  config = dataclasses.replace(tiny.QWEN2, num_layers=3)
+  params = jax.eval_shape(lambda: model.init_params(config, jax.random.key(0)))
+  slots = jax.ShapeDtypeStruct((4, config.num_kv_heads, 16, model.head_width(config)), jnp.float32)
+  rows = jax.ShapeDtypeStruct((4,), jnp.int32)
+  cache = KVCache((slots,) * 3, (slots,) * 3, rows)
+  step = jax.jit(model.decode_step, static_argnums=0).lower(config, params, rows, cache)
+  assert step.compile().as_text().count(" cosine(") <= 1
+
+
 @pytest.mark.parametrize("store", ["_store", "_store_vectors"])
 def test_vectors_are_stored_in_their_slots(store):
   """Rows of 0, 2, 3 and 9 tokens in 3 slots, as a loop writes them; the last two have none."""
