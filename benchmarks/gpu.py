@@ -181,8 +181,8 @@ def measure_generate(config: ModelConfig, options: argparse.Namespace) -> None:
   case = {"config": hf_config, "rows": rows, "width": width, "new": new}
   tokens = random_prompts(config, rows, width).tokens
   sides = {"spo_jax": ours(config, drawn_params(config), tokens, new)}
+  print(f"{rows} rows, prompts of {width}, {new} new tokens")
   with side_by_side.Worker(options.torch_python, "with_generate.py", case) as theirs:
-    print(f"{rows} rows, prompts of {width}, {new} new tokens; {theirs.versions}", flush=True)
     drawn = side_by_side.compare(
       {"generate": theirs, **sides}, rows * new, options.repeat, ("generate", "spo_jax")
     )

@@ -123,7 +123,6 @@ def compare(name: str, options: argparse.Namespace) -> None:
       if python := getattr(options, f"{side}_python"):
         worker = side_by_side.Worker(python, f"with_{side}.py", case)
         sides[side] = workers.enter_context(worker)
-        print("  " + ", ".join(f"{name} {found}" for name, found in worker.versions.items()))
       else:
         print(f"  {side} is left out: no --{side}-python is given")
     rivals = list(sides)

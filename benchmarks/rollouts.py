@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -72,31 +72,6 @@ def ours(config: ModelConfig, params: Any, tokens: np.ndarray, new: int) -> Side
   return sample
 
 
-def theirs(folder: str, tokens: np.ndarray, new: int) -> Side:
-  """`generate` of the folder's model."""
-  import torch
-  from transformers import AutoModelForCausalLM
-  from transformers.utils import logging
-
-  logging.set_verbosity_error()  # it warns of the end id that no row can draw
-  logging.disable_progress_bar()
-  torch.set_num_threads(os.cpu_count() or 1)
-  network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-  network.generation_config.eos_token_id = None
-  prompts = torch.from_numpy(tokens.astype(np.int64))
-
-  def sample(seed: int) -> int:
-    torch.manual_seed(seed)
-    with torch.inference_mode():
-      rows = network.generate(
-        prompts, attention_mask=torch.ones_like(prompts), do_sample=True, temperature=1.0, top_k=0,
-        top_p=1.0, max_new_tokens=new, use_cache=True, pad_token_id=0,
-      )  # fmt: skip
-    return int(rows[:, tokens.shape[1] :].numel())
-
-  return sample
-
-
 def limits(config: ModelConfig, rows: int, width: int, new: int) -> str:
   """What a decode step must compute and read, and how long that takes at measured rates."""
   heads, kv_heads = config.num_heads, config.num_kv_heads
@@ -142,19 +117,19 @@ def compare(name: str, tunix_python: str | None, repeat: int) -> None:
     f"{new} new tokens"
   )
   print(f"  {limits(config, rows, width, new)}", flush=True)
-  sides: dict[str, Side] = {}
   with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as workers:
     hf.save_pretrained(folder, config, params, words.tokenizer(config.vocab_size))
-    sides["generate"] = theirs(folder, tokens, new)
+    rivals = {"generate": (sys.executable, {"prompts": tokens.tolist()})}
     if tunix_python and not config.qkv_bias:
-      case = {"folder": folder, "prompts": words.texts(tokens), "new": new}
-      sides["tunix"] = workers.enter_context(
-        side_by_side.Worker(tunix_python, "with_tunix.py", case)
-      )
+      rivals["tunix"] = (tunix_python, {"prompts": words.texts(tokens)})
     else:
       why = "is given" if tunix_python is None else "loads this model"
       print(f"  tunix is left out: no --tunix-python {why}")
-    rivals = list(sides)
+    sides: dict[str, Side] = {}
+    for rival, (python, case) in rivals.items():
+      case = {"folder": folder, "new": new, **case}
+      worker = side_by_side.Worker(python, f"with_{rival}.py", case)
+      sides[rival] = workers.enter_context(worker)
     sides["spo_jax"] = ours(config, params, tokens, new)
     ratios = [(rival, "spo_jax") for rival in rivals]
     drawn = side_by_side.compare(sides, rows * new, repeat, *ratios)

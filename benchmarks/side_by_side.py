@@ -19,6 +19,8 @@ from typing import Any
 class Worker:
   """A side in an interpreter of its own: a script beside this one that answers with `Turns`.
 
+  Once the script is ready, what versions it runs is printed.
+
   Args:
     python: the interpreter; case: what the script needs to know, sent as JSON.
   Raises: RuntimeError, with what the script wrote, where it ends or does not start.
@@ -30,7 +32,7 @@ class Worker:
       [python, str(Path(__file__).with_name(script)), json.dumps(case)], text=True, bufsize=1,
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
     )  # fmt: skip
-    self.versions: dict[str, str] = self._hear()
+    print("  " + ", ".join(f"{name} {found}" for name, found in self._hear().items()), flush=True)
 
   def __call__(self, turn: int) -> Any:
     assert self._process.stdin is not None

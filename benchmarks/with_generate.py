@@ -1,12 +1,15 @@
-"""The side of Hugging Face `generate` on a GPU, see gpu.py: `with_generate.py CASE`.
+"""The side of Hugging Face `generate`, see rollouts.py and gpu.py: `with_generate.py CASE`.
 
-The weights are drawn, in bfloat16: how long a step takes does not depend on them.
+The case has the folder of a model and prompts, in float32 on all cores; or a config, whose weights
+are drawn in bfloat16, on a GPU where there is one: how long a step takes does not depend on them.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -14,15 +17,24 @@ from transformers.utils import logging
 from worker import Turns
 
 
-def main() -> None:
-  case = json.loads(sys.argv[1])
-  logging.set_verbosity_error()  # it warns of the end id that no row can draw
+def model_and_prompts(case: dict[str, Any]) -> tuple[Any, torch.Tensor]:
+  if "folder" in case:
+    torch.set_num_threads(os.cpu_count() or 1)
+    model = AutoModelForCausalLM.from_pretrained(case["folder"], dtype=torch.float32)
+    return model, torch.tensor(case["prompts"])
   config = AutoConfig.for_model(**case["config"])
   device = "cuda" if torch.cuda.is_available() else "cpu"
   with torch.device(device):
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-  model.generation_config.eos_token_id = None
-  prompts = torch.randint(config.vocab_size, (case["rows"], case["width"]), device=device)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+  return model, torch.randint(config.vocab_size, (case["rows"], case["width"]), device=device)
+
+
+def main() -> None:
+  case = json.loads(sys.argv[1])
+  logging.set_verbosity_error()  # it warns of the end id that no row can draw
+  logging.disable_progress_bar()
+  model, prompts = model_and_prompts(case)
+  model.eval().generation_config.eos_token_id = None
   turns = Turns("torch", "transformers")
   while True:
     torch.manual_seed(turns.wait())
@@ -31,7 +43,7 @@ def main() -> None:
         prompts, attention_mask=torch.ones_like(prompts), do_sample=True, temperature=1.0, top_k=0,
         top_p=1.0, max_new_tokens=case["new"], use_cache=True, pad_token_id=0,
       )  # fmt: skip
-    turns.answer(rows[:, case["width"] :].numel())
+    turns.answer(rows[:, prompts.shape[1] :].numel())
 
 
 if __name__ == "__main__":
