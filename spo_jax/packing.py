@@ -187,8 +187,7 @@ def optimiser_batches(
   """
   signal = np.flatnonzero((rows.mask & (rows.advantages != 0)).any(axis=1))
   updates = -(-len(signal) // batch_rows)
-  most = most_packs(batch_rows, rows.tokens.shape[1], pack_tokens) if pack_tokens else batch_rows
-  micro_batches = -(-most // micro_batch)
+  micro_batches = -(-most_packs(batch_rows, rows.tokens.shape[1], pack_tokens) // micro_batch)
   own = np.ones(micro_batch, bool) if own is None else own
   places = np.flatnonzero(np.tile(own, micro_batches))
   for _ in range(epochs if updates else 0):

@@ -15,12 +15,12 @@ from spo_jax.structs import TrainRows, Trie
 
 
 def most_packs(rows: int, row_tokens: int, pack_tokens: int) -> int:
-  """No more packs than this are made of so many rows.
+  """No more packs than this are made of so many rows; as many as rows where pack_tokens is 0.
 
   A row begins a pack only where it fits into none that is there, so each of those is filled to
   more than pack_tokens - row_tokens, by rows of at most row_tokens.
   """
-  return -(-rows // (pack_tokens // row_tokens))
+  return -(-rows // (pack_tokens // row_tokens)) if pack_tokens else rows
 
 
 @dataclass(frozen=True)

@@ -309,6 +309,16 @@ def test_layers_are_computed_again_once_rows_cannot_be_fewer():
   assert next_change(plan_of(again, (1, 8, 1), line(101))) == {"train.remat": "layer"}
 
 
+def test_packs_are_fewer_only_down_to_one_for_each_chip():
+  """Rows of 32 have the slots of 16 packs for 8 chips; rows of 16, of as many packs as chips."""
+  packed = with_settings(CONFIG, {"train.pack_tokens": 2 * CONFIG.row_tokens})
+  halved = next_change(plan_of(packed, (1, 8, 1), line(101)))
+  assert halved == {"train.micro_batch_rows": 16}
+  assert next_change(plan_of(with_settings(packed, halved), (1, 8, 1), line(101))) == {
+    "train.remat": "dots"
+  }
+
+
 def test_chips_move_to_the_tensor_axis_until_none_is_left():
   least = with_settings(CONFIG, {"train.micro_batch_rows": 8, "train.remat": "layer"})
   assert next_change(plan_of(least, (1, 8, 1), line(101))) == {

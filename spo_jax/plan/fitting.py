@@ -13,6 +13,7 @@ import jax
 from spo_jax import sharding
 from spo_jax.config import Config, ConfigError, ModelConfig
 from spo_jax.experiment import check_rows
+from spo_jax.packing import micro_batch_size
 from spo_jax.plan.chips import Chip
 from spo_jax.plan.compiling import Compiler, Measured
 from spo_jax.plan.programs import Program, Programs
@@ -260,7 +261,14 @@ def _rows(config: Config, key: str) -> int:
 
 def _halved(config: Config, key: str, mesh: dict[str, int]) -> Settings:
   """The largest allowed number of rows that is at most half of it, or nothing."""
-  fewer = [x for x in _allowed_rows(config, key, mesh) if x <= _rows(config, key) // 2]
+  now = _rows(config, key)
+  fewer = [x for x in _allowed_rows(config, key, mesh) if x <= now // 2]
+  if key.startswith("train."):  # packs have the slots of so many rows, and a chip one at least
+    at_once = lambda rows: micro_batch_size(
+      dataclasses.replace(config.train, micro_batch_rows=rows), config.row_tokens,
+      _row_parts(config, key, mesh),
+    )  # fmt: skip
+    fewer = [x for x in fewer if at_once(x) < at_once(now)]
   return {key: max(fewer)} if fewer else {}
 
 

@@ -289,11 +289,10 @@ class Programs:
 
   def _update(self) -> Program:
     config, train = self.config, self.config.train
-    length, keys, most = config.row_tokens, 0, train.batch_rows
-    micro = micro_batch_size(train, length, sharding.row_shards(self.mesh))
-    if train.pack_tokens:
-      length, most = train.pack_tokens, most_packs(most, length, train.pack_tokens)
-      keys = trie_keys(length, config.row_tokens)
+    length = train.pack_tokens or config.row_tokens
+    keys = trie_keys(length, config.row_tokens) if train.pack_tokens else 0
+    micro = micro_batch_size(train, config.row_tokens, sharding.row_shards(self.mesh))
+    most = most_packs(train.batch_rows, config.row_tokens, train.pack_tokens)
     micro_batches = -(-most // micro)
     reference = bool(train.kl.coefficient)
 
