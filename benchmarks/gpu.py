@@ -178,7 +178,9 @@ def measure_decode(config: ModelConfig, options: argparse.Namespace) -> None:
 def measure_generate(config: ModelConfig, options: argparse.Namespace) -> None:
   rows, width, new = options.rows, options.prompt, options.new
   hf_config = config_json(config, hf.export_family(config), "bfloat16")
-  case = {"config": hf_config, "rows": rows, "width": width, "new": new}
+  case = {
+    "config": hf_config, "dtype": config.compute_dtype, "rows": rows, "width": width, "new": new
+  }  # fmt: skip
   tokens = random_prompts(config, rows, width).tokens
   sides = {"spo_jax": ours(config, drawn_params(config), tokens, new)}
   print(f"{rows} rows, prompts of {width}, {new} new tokens")

@@ -5,15 +5,17 @@
     JAX_NUM_CPU_DEVICES=2 python benchmarks/rollouts.py 1m 7m --tunix-python tunix/bin/python
 
 Same weights, same prompts. Every row samples its full length at temperature 1 from the whole
-vocabulary, in float32 on all cores. The sides take turns, so that what else the machine does meets
-each of them. The limit is counted first: a step multiplies each row with every parameter and reads
-the cache as far as it is filled, both at rates that are measured on the machine in the same run.
+vocabulary, on all cores, in float32 or, without tunix, in bfloat16. The sides take turns, so that
+what else the machine does meets each of them. The limit of float32 is counted first: a step
+multiplies each row with every parameter and reads the cache as far as it is filled, both at rates
+that are measured on the machine in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import sys
 import tempfile
 import time
@@ -108,8 +110,9 @@ def _seconds(program: Callable[..., Any], *inputs: Any) -> float:
   return min(took)
 
 
-def compare(name: str, tunix_python: str | None, repeat: int) -> None:
+def compare(name: str, dtype: str, tunix_python: str | None, repeat: int) -> None:
   config, rows, width, new = CASES[name]
+  config = dataclasses.replace(config, compute_dtype=dtype)
   params = jax.jit(lambda: model.init_params(config, jax.random.key(0)))()
   tokens = np.random.default_rng(0).integers(0, config.vocab_size, (rows, width), np.int32)
   print(
@@ -119,8 +122,8 @@ def compare(name: str, tunix_python: str | None, repeat: int) -> None:
   print(f"  {limits(config, rows, width, new)}", flush=True)
   with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as workers:
     hf.save_pretrained(folder, config, params, words.tokenizer(config.vocab_size))
-    rivals = {"generate": (sys.executable, {"prompts": tokens.tolist()})}
-    if tunix_python and not config.qkv_bias:
+    rivals = {"generate": (sys.executable, {"prompts": tokens.tolist(), "dtype": dtype})}
+    if tunix_python and not config.qkv_bias and dtype == "float32":
       rivals["tunix"] = (tunix_python, {"prompts": words.texts(tokens)})
     else:
       why = "is given" if tunix_python is None else "loads this model"
@@ -139,11 +142,12 @@ def compare(name: str, tunix_python: str | None, repeat: int) -> None:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("cases", nargs="+", choices=CASES)
+  parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
   parser.add_argument("--tunix-python", help="an interpreter that has google-tunix")
   parser.add_argument("--repeat", type=int, default=5)
   options = parser.parse_args()
   for name in options.cases:
-    compare(name, options.tunix_python, options.repeat)
+    compare(name, options.dtype, options.tunix_python, options.repeat)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The side of Hugging Face `generate`, see rollouts.py and gpu.py: `with_generate.py CASE`.
 
-The case has the folder of a model and prompts, in float32 on all cores; or a config, whose weights
-are drawn in bfloat16, on a GPU where there is one: how long a step takes does not depend on them.
+The case has the folder of a model and prompts, for all cores; or a config, whose weights are drawn,
+on a GPU where there is one: how long a step takes does not depend on them.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from worker import Turns
 
 
 def model_and_prompts(case: dict[str, Any]) -> tuple[Any, torch.Tensor]:
+  dtype = getattr(torch, case["dtype"])
   if "folder" in case:
     torch.set_num_threads(os.cpu_count() or 1)
-    model = AutoModelForCausalLM.from_pretrained(case["folder"], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(case["folder"], dtype=dtype)
     return model, torch.tensor(case["prompts"])
   config = AutoConfig.for_model(**case["config"])
   device = "cuda" if torch.cuda.is_available() else "cpu"
   with torch.device(device):
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
   return model, torch.randint(config.vocab_size, (case["rows"], case["width"]), device=device)
 
 

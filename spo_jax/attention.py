@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from spo_jax.config import ConfigError
 from spo_jax.flash_decode import flash_decode
-from spo_jax.sharding import activation, constrain
+from spo_jax.sharding import activation, constrain, platform
 from spo_jax.structs import Trie
 
 _HOME = {"splash": "tpu", "cudnn": "gpu"}  # the platform of each kernel
@@ -260,24 +260,30 @@ def cudnn(q: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
   return jax.nn.dot_product_attention(*even, is_causal=True, implementation="cudnn")[:, :length]
 
 
+def attention_dtype(dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
+  """Of queries, keys, values and what is kept of them, where layers compute in `dtype`.
+
+  A CPU is fast with bfloat16 in products of parameters alone: it turns a whole cache into float32
+  and back to store one token.
+  """
+  return jnp.float32 if platform() == "cpu" else dtype
+
+
 def kernel_for(asked: str, dtype: jax.typing.DTypeLike, width: int) -> str:
   """Which of xla, splash and cudnn a program runs with; `auto` leaves it to the platform.
 
-  The platform is that of the mesh, because programs are compiled for devices that are not here.
-
   Raises: ConfigError where the kernel that was asked for does not run there, or not so.
   """
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  platform = device.platform if device is not None else jax.default_backend()
+  here = platform()
   half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
   known_to_cudnn = half and width % 8 == 0 and width <= 128
   if asked == "auto":
-    return "splash" if platform == "tpu" else (
-      "cudnn" if platform == "gpu" and known_to_cudnn else "xla"
+    return "splash" if here == "tpu" else (
+      "cudnn" if here == "gpu" and known_to_cudnn else "xla"
     )  # fmt: skip
-  if (home := _HOME.get(asked, platform)) != platform:
+  if (home := _HOME.get(asked, here)) != here:
     raise ConfigError(
-      f"model.attention={asked} runs on a {home}, and the devices are {platform}. Set it to auto."
+      f"model.attention={asked} runs on a {home}, and the devices are {here}. Set it to auto."
     )
   if asked == "cudnn" and not known_to_cudnn:
     raise ConfigError(

@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from spo_jax.attention import (
   TrieBlocks,
+  attention_dtype,
   cache_attention,
   causal_attention,
   trie_attention,
@@ -23,7 +24,7 @@ from spo_jax.attention import (
 )
 from spo_jax.config import ConfigError, ModelConfig
 from spo_jax.head import project
-from spo_jax.sharding import constrain, on_shards
+from spo_jax.sharding import constrain, on_shards, platform
 from spo_jax.structs import KVCache, Trie
 
 Params = Any  # nested dict of arrays
@@ -106,7 +107,7 @@ def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
 @jax.custom_vjp
 def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """[..., I] times [I, O]."""
-  return x @ kernel
+  return _matmul(x, kernel)
 
 
 def _product_backward(
@@ -114,10 +115,17 @@ def _product_backward(
 ) -> tuple[jax.Array, jax.Array]:
   """Over one dimension of tokens: a sum over two makes a CPU copy `g` into another order."""
   x, kernel = kept
-  return g @ kernel.T, x.reshape(-1, x.shape[-1]).T @ g.reshape(-1, g.shape[-1])
+  by_kernel = _matmul(x.reshape(-1, x.shape[-1]).T, g.reshape(-1, g.shape[-1]))
+  return _matmul(g, kernel.T), by_kernel
 
 
-_product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)
+_product.defvjp(lambda x, kernel: (_matmul(x, kernel), (x, kernel)), _product_backward)
+
+
+def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+  """A CPU has units for products of bfloat16 whose result is float32, and no other ones."""
+  wide = jnp.float32 if platform() == "cpu" else None
+  return jnp.matmul(x, y, preferred_element_type=wide).astype(x.dtype)
 
 
 def _dense(features: int, name: str, x: jax.Array, use_bias: bool = False) -> jax.Array:
@@ -154,6 +162,7 @@ class Attention(nn.Module):
     v = project(c.num_kv_heads, "v_proj")
     if c.qk_norm:
       q, k = RMSNorm(c.norm_eps, name="q_norm")(q), RMSNorm(c.norm_eps, name="k_norm")(k)
+    q, k, v = (x.astype(attention_dtype(x.dtype)) for x in (q, k, v))
     q, k = rotate(q, rotation), rotate(k, rotation)
     if past is None:
       keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -166,7 +175,7 @@ class Attention(nn.Module):
       out = causal_attention(q, keys, values, is_token, c.attention)
     else:
       out = cache_attention(q, keys, values, positions, c.attention)
-    out = constrain(out, "heads").reshape(*x.shape[:-1], -1)
+    out = constrain(out.astype(x.dtype), "heads").reshape(*x.shape[:-1], -1)
     return _dense(c.hidden_size, "o_proj", out, use_bias=c.o_bias), (keys, values)
 
 

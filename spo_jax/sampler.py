@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from spo_jax import model
+from spo_jax.attention import attention_dtype
 from spo_jax.compiles import program
 from spo_jax.config import ModelConfig
 from spo_jax.sharding import on_shards, row_parts
@@ -269,7 +270,8 @@ def _refill(queue: _Queue, desk: _Desk) -> _Desk:
 def empty_store(config: ModelConfig, rows: int, width: int) -> KVStore:
   """Room for `rows` pieces of `width` tokens."""
   shape = (rows, config.num_kv_heads, width, model.head_width(config))
-  layers = tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(config.num_layers))
+  dtype = attention_dtype(config.compute_dtype)
+  layers = tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
   return KVStore(keys=layers, values=layers)
 
 

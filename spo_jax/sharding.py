@@ -104,6 +104,12 @@ def _named(section: str, sizes: dict[str, int]) -> str:
   return ", ".join(f"{section}.{axis}={size}" for axis, size in sizes.items())
 
 
+def platform() -> str:
+  """Of the mesh's devices, because programs are compiled for devices that are not here."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
 def row_shards(mesh: Mesh | AbstractMesh) -> int:
   """How many parts rows are shared out into."""
   return mesh.shape["data"] * mesh.shape["fsdp"]

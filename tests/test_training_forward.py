@@ -12,6 +12,7 @@ import optax
 import pytest
 import tiny
 from programs import KEEP_GRADIENT, equations_of
+from test_attention import on
 
 from spo_jax import model
 from spo_jax.config import KLConfig, TrainConfig
@@ -112,8 +113,9 @@ def test_remat_reaches_the_warm_start():
   assert len([*equations_of(program("layer"))]) > len([*equations_of(program("none"))])
 
 
-def test_bfloat16_is_for_matrix_products_and_float32_for_all_that_is_summed_up():
-  half = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
+@pytest.mark.parametrize("platform", ["tpu", "cpu"])
+def test_bfloat16_is_for_matrix_products_and_float32_for_all_that_is_summed_up(platform):
+  half = dataclasses.replace(CONFIG, compute_dtype="bfloat16", attention="xla")
   _, params, batch, _, temperature = arguments()
   rows = params, batch.tokens[0], batch.is_token[0]
 
@@ -124,8 +126,16 @@ def test_bfloat16_is_for_matrix_products_and_float32_for_all_that_is_summed_up()
       dtypes.setdefault(equation.primitive.name, set()).update(of)
     return dtypes
 
-  layers = jax.make_jaxpr(partial(model.hidden_states, half))(*rows)
-  assert operands(layers.jaxpr)["dot_general"] == {"bfloat16"}
+  with on(platform):
+    layers = jax.make_jaxpr(partial(model.hidden_states, half))(*rows)
+  products = [x for x in equations_of(layers.jaxpr) if x.primitive.name == "dot_general"]
+  # A layer has seven of parameters, and two of attention, for which a CPU takes float32.
+  halves = [x for x in products if {str(v.aval.dtype) for v in x.invars} == {"bfloat16"}]
+  assert len(products) == 9 * CONFIG.num_layers
+  assert len(halves) == (7 if platform == "cpu" else 9) * CONFIG.num_layers
+  # Its units for products of bfloat16 add up in float32, and are left out where that is not asked.
+  results = {str(x.outvars[0].aval.dtype) for x in products[:3]}  # queries, keys, values
+  assert results == {"float32" if platform == "cpu" else "bfloat16"}
   assert layers.out_avals[0].dtype == jnp.bfloat16
   scored = score_rows.trace(half, *rows, batch.mask[0], temperature)
   # Of both softmaxes, the logprobs, the norms and the positions.

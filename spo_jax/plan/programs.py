@@ -72,7 +72,8 @@ class Shapes:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
   def store(self, rows: int, width: int) -> KVStore:
-    shapes = jax.eval_shape(lambda: sampler.empty_store(self.model_config, rows, width))
+    with jax.set_mesh(self.mesh):
+      shapes = jax.eval_shape(lambda: sampler.empty_store(self.model_config, rows, width))
     return jax.tree.map(lambda x: self.array("cache", x.shape, x.dtype), shapes)
 
 
