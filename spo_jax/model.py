@@ -115,8 +115,7 @@ def _product_backward(
 ) -> tuple[jax.Array, jax.Array]:
   """Over one dimension of tokens: a sum over two makes a CPU copy `g` into another order."""
   x, kernel = kept
-  by_kernel = _matmul(x.reshape(-1, x.shape[-1]).T, g.reshape(-1, g.shape[-1]))
-  return _matmul(g, kernel.T), by_kernel
+  return _matmul(g, kernel.T), _matmul(x.reshape(-1, x.shape[-1]).T, g.reshape(-1, g.shape[-1]))
 
 
 _product.defvjp(lambda x, kernel: (_matmul(x, kernel), (x, kernel)), _product_backward)
