@@ -10,7 +10,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spo_jax import model
+from spo_jax import model, sampler
 from spo_jax.structs import KVCache
 
 B, L = 4, 7  # one shape for all drawn examples: one compilation per architecture
@@ -178,6 +178,17 @@ def test_the_rotary_embedding_is_computed_once_for_all_layers_and_heads():
   cache = KVCache((slots,) * 3, (slots,) * 3, rows)
   step = jax.jit(model.decode_step, static_argnums=0).lower(config, params, rows, cache)
   assert step.compile().as_text().count(" cosine(") <= 1
+
+
+def test_a_cpu_stores_a_token_without_converting_its_cache():
+  """In bfloat16 XLA would turn all of it into float32 for one vector, and back."""
+  half = dataclasses.replace(tiny.CONFIG, compute_dtype="bfloat16")
+  slots = sampler.empty_store(half, B, 16)
+  cache, rows = KVCache(slots.keys, slots.values, jnp.zeros(B, jnp.int32)), jnp.zeros(B, jnp.int32)
+  step = jax.jit(model.decode_step, static_argnums=0).lower(half, tiny.params(), rows, cache)
+  shape = ",".join(map(str, slots.keys[0].shape))
+  text = step.compile().as_text()
+  assert f"f32[{shape}]" in text and f"bf16[{shape}]" not in text
 
 
 @pytest.mark.parametrize("store", ["_store", "_store_vectors"])

@@ -267,17 +267,6 @@ def test_steps_do_not_round_matrices_that_are_rounded():
   assert made_again(tiny.params())
 
 
-def test_a_cpu_stores_a_token_without_turning_over_its_cache():
-  """In bfloat16 XLA would convert all of it to float32 for one vector, and back."""
-  config = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
-  slots = sampler.empty_store(config, B, 16)
-  params = model.rounded(config, tiny.params())
-  cache = KVCache(slots.keys, slots.values, jnp.zeros(B, jnp.int32))
-  text = decode_step.lower(config, params, jnp.zeros(B, jnp.int32), cache).compile().as_text()
-  shape = ",".join(map(str, slots.keys[0].shape))
-  assert f"f32[{shape}]" in text and f"bf16[{shape}]" not in text
-
-
 def test_rows_end_at_any_end_id_or_at_their_limit():
   """Where they would not end is known from the same draws without end ids."""
   limit = np.arange(B) % (T + 1)
