@@ -24,7 +24,7 @@ from spo_jax.attention import (
 )
 from spo_jax.config import ConfigError, ModelConfig
 from spo_jax.head import project
-from spo_jax.sharding import constrain, on_shards, platform
+from spo_jax.sharding import constrain, on_shards, platform, row_major
 from spo_jax.structs import KVCache, Trie
 
 Params = Any  # nested dict of arrays
@@ -122,9 +122,12 @@ _product.defvjp(lambda x, kernel: (_matmul(x, kernel), (x, kernel)), _product_ba
 
 
 def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
-  """A CPU has units for products of bfloat16 whose result is float32, and no other ones."""
-  wide = jnp.float32 if platform() == "cpu" else None
-  return jnp.matmul(x, y, preferred_element_type=wide).astype(x.dtype)
+  """The units that a CPU has for bfloat16 are left out unless both matrices lie row by row, and the
+  result is float32."""
+  if platform() != "cpu" or x.dtype != jnp.bfloat16:
+    return x @ y
+  wide = jnp.matmul(row_major(x), row_major(y), preferred_element_type=jnp.float32)
+  return wide.astype(x.dtype)
 
 
 def _dense(features: int, name: str, x: jax.Array, use_bias: bool = False) -> jax.Array:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -128,6 +129,17 @@ def constrain(x: jax.Array, name: str) -> jax.Array:
   if mesh.empty or mesh.size == 1:
     return x
   return jax.lax.with_sharding_constraint(x, _fitting(ACTIVATIONS[name], x.shape, mesh.shape))
+
+
+def row_major(x: jax.Array) -> jax.Array:
+  """`x` with its last dimension next to each other in memory, whatever XLA would choose.
+
+  On several devices it chooses: its partitioner would gather what a layout is asked of.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if not mesh.empty and mesh.size > 1:
+    return x
+  return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def on_shards(function: Callable[[Any, Any], Any], read: Any, write: Any) -> Any:

@@ -191,6 +191,22 @@ def test_a_cpu_stores_a_token_without_converting_its_cache():
   assert f"f32[{shape}]" in text and f"bf16[{shape}]" not in text
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_products_of_bfloat16_lie_row_by_row_on_a_cpu(dtype):
+  """Transposed for a gradient, they would miss its units; gradients stay what they are."""
+  rng = np.random.default_rng(0)
+  x, kernel, g = (jnp.asarray(rng.normal(size=s), dtype) for s in ((2, 3, 8), (8, 4), (2, 3, 4)))
+  gradients = jax.jit(lambda x, kernel, g: jax.vjp(model._product, x, kernel)[1](g))
+  asked = gradients.lower(x, kernel, g).as_text().count("@LayoutConstraint")
+  assert asked >= 4 if dtype == "bfloat16" else asked == 0  # two operands of two products
+  exact = [np.asarray(z, np.float32) for z in (x, kernel, g)]
+  by_x, by_kernel = exact[2] @ exact[1].T, np.einsum("bti,bto->io", exact[0], exact[2])
+  for found, expected in zip(gradients(x, kernel, g), (by_x, by_kernel)):
+    np.testing.assert_allclose(
+      found.astype(jnp.float32), expected, rtol=1e-2 if dtype == "bfloat16" else 1e-5, atol=1e-5
+    )
+
+
 @pytest.mark.parametrize("store", ["_store", "_store_vectors"])
 def test_vectors_are_stored_in_their_slots(store):
   """Rows of 0, 2, 3 and 9 tokens in 3 slots, as a loop writes them; the last two have none."""
