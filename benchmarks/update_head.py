@@ -2,14 +2,14 @@
 
     python benchmarks/update_head.py                                    # Qwen2.5-0.5B, .15 of 512
     python benchmarks/update_head.py --ways packed --micro-batches 4    # memory of 4 x 512 tokens
-    python benchmarks/update_head.py --layers 2 --rows 32 --remat layer --topology v5p:2x2x1
+    python benchmarks/update_head.py --layers 2 --rows 32 --remat layer --dtype bfloat16 \
+      --topology v5p:2x2x1
 
 The first way is compared with the last: "plain" makes the logits [B, T, V] of everything at once,
 "chunked" a part of them at a time, "packed" those of the mask. They run in turn in this process,
 so that what else the machine does meets all of them; the highest memory that is printed belongs
 to the process, so it tells of one way only where one is given. With `--topology` they are compiled
-for one chip of a slice, in bfloat16, and do not run; libtpu's figures are too high by its
-fragmentation.
+for one chip of a slice, and do not run; libtpu's figures are too high by its fragmentation.
 """
 
 from __future__ import annotations
@@ -99,6 +99,7 @@ def main() -> None:
   parser.add_argument("--length", type=int, default=512)
   parser.add_argument("--fraction", type=float, default=0.15, help="of the tokens in the mask")
   parser.add_argument("--remat", default="none", help="train.remat: none, dots or layer")
+  parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
   parser.add_argument("--topology", help="compile only, for one chip of this slice")
   parser.add_argument("--repeat", type=int, default=5, help="0: compile only")
   parser.add_argument("--ways", nargs="+", choices=WAYS, default=["plain", "packed"])
@@ -109,7 +110,7 @@ def main() -> None:
     vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=args.hidden * 38 // 7,
     num_layers=args.layers, num_heads=args.hidden // 64, num_kv_heads=max(args.hidden // 448, 1),
     qkv_bias=True, rope_theta=1e6, norm_eps=1e-6,
-    compute_dtype="bfloat16" if args.topology else "float32",
+    compute_dtype=args.dtype,
   )  # fmt: skip
   batch = random_batch((args.micro_batches, args.rows, args.length), args.vocab, args.fraction)
   # So small a step that every turn is the same work on the same weights, whoever goes first.
