@@ -126,7 +126,7 @@ def compare(name: str, dtype: str, tunix_python: str | None, repeat: int) -> Non
     if tunix_python and not config.qkv_bias and dtype == "float32":
       rivals["tunix"] = (tunix_python, {"prompts": words.texts(tokens)})
     else:
-      why = "is given" if tunix_python is None else "loads this model"
+      why = "is given" if tunix_python is None else f"samples this model in {dtype}"
       print(f"  tunix is left out: no --tunix-python {why}")
     sides: dict[str, Side] = {}
     for rival, (python, case) in rivals.items():
