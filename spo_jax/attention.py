@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from spo_jax.config import ConfigError
 from spo_jax.flash_decode import flash_decode
-from spo_jax.sharding import activation, constrain, platform
+from spo_jax.sharding import activation, constrain, on_one_device, platform
 from spo_jax.structs import Trie
 
 _HOME = {"splash": "tpu", "cudnn": "gpu"}  # the platform of each kernel
@@ -304,9 +304,9 @@ def _on_every_device(
   kernel: Kernel, q: jax.Array, keys: jax.Array, values: jax.Array, *of_rows: jax.Array
 ) -> jax.Array:
   """Each device runs the kernel on its own rows and heads: the partitioner cannot look inside."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  if on_one_device():
     return kernel(q, keys, values, *of_rows)
+  mesh = jax.sharding.get_abstract_mesh()
   if (copies := _copies(q, keys)) > 1:
     keys, values = (jnp.repeat(x, copies, axis=1) for x in (keys, values))
   heads = activation("heads", q.shape, mesh).spec

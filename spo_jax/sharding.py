@@ -123,11 +123,17 @@ def row_parts(rows: int) -> int:
   return parts if rows % parts == 0 else 1
 
 
+def on_one_device() -> bool:
+  """Whether there is nothing to share out, inside a program."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh.empty or mesh.size == 1
+
+
 def constrain(x: jax.Array, name: str) -> jax.Array:
   """`x` laid out as ACTIVATIONS says, inside a program that runs under `jax.set_mesh`."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  if on_one_device():
     return x
+  mesh = jax.sharding.get_abstract_mesh()
   return jax.lax.with_sharding_constraint(x, _fitting(ACTIVATIONS[name], x.shape, mesh.shape))
 
 
@@ -136,10 +142,7 @@ def row_major(x: jax.Array) -> jax.Array:
 
   On several devices it chooses: its partitioner would gather what a layout is asked of.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if not mesh.empty and mesh.size > 1:
-    return x
-  return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+  return with_layout_constraint(x, Layout(tuple(range(x.ndim)))) if on_one_device() else x
 
 
 def on_shards(function: Callable[[Any, Any], Any], read: Any, write: Any) -> Any:
@@ -151,9 +154,9 @@ def on_shards(function: Callable[[Any, Any], Any], read: Any, write: Any) -> Any
   Returns: what the function makes of `write`, of the same shapes.
   Raises: ValueError where rows have no equal share for every shard.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  if on_one_device():
     return function(read, write)
+  mesh = jax.sharding.get_abstract_mesh()
 
   def spec(x: jax.Array) -> P:
     if x.shape[0] % row_shards(mesh):
@@ -226,9 +229,9 @@ def activation(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> 
 
 def constrain_parameters(tree: Any) -> Any:
   """Parameters, gradients or optimiser state laid out as PARAMETERS says, inside a program."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  if on_one_device():
     return tree
+  mesh = jax.sharding.get_abstract_mesh()
   return jax.tree_util.tree_map_with_path(
     lambda path, x: jax.lax.with_sharding_constraint(x, _spec(_name(path), x.shape, mesh.shape)),
     tree,
