@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 from spo_jax.layout import before, between, concatenate, fill, select
@@ -40,12 +41,17 @@ class Packing:
   count: int
 
   def make(self, packs: np.ndarray | None = None) -> TrainRows:
-    """Packs by number, all if None: [packs, pack_tokens] with `trie`, empty from `count` on."""
+    """Packs by number, all if None: [packs, pack_tokens] with `trie`, empty from `count` on.
+
+    Args:
+      packs: i[n], ascending.
+    """
+    packs = np.arange(self.count) if packs is None else packs
     made = []
-    for number in range(self.count) if packs is None else packs:
+    for number in packs[: max(np.searchsorted(packs, self.count), 1)]:  # one, be it empty
       own = np.flatnonzero(self.pack_of == number)
       made.append(_walk(select(self.rows, own), self.cut[own], self.length[own], self.pack_tokens))
-    return concatenate(made)
+    return jax.tree.map(lambda x: fill(x, len(packs)), concatenate(made))
 
 
 def pack(rows: TrainRows, pack_tokens: int) -> Packing:
