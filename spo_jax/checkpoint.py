@@ -34,14 +34,17 @@ class Checkpoints:
 
   Args:
     directory: made where missing; keep: newest ones to keep.
+    is_reader: whether another process may be saving there; if not, what kills left is removed.
   """
 
-  def __init__(self, directory: Path, keep: int):
+  def __init__(self, directory: Path, keep: int, is_reader: bool = False):
     # Orbax raises what it logs, and warns about the remains of every kill.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     self._manager = ocp.CheckpointManager(
       directory.absolute(),
-      options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep, create=True, cleanup_tmp_directories=not is_reader
+      ),
     )
 
   def __enter__(self) -> Checkpoints:
@@ -76,7 +79,8 @@ class Checkpoints:
     if edges is not None and count:
       items["edges"] = ocp.args.StandardSave(dataclasses.asdict(edges))
     with writing(self._manager.directory):  # a save before this one may have failed
-      self._manager.save(step, args=ocp.args.Composite(**items))
+      is_saving = self._manager.save(step, args=ocp.args.Composite(**items))
+    assert is_saving, f"step {step} is not behind {self.steps()}: see forget_after"
 
   def restore(
     self, step: int, template: State

@@ -93,7 +93,8 @@ class Run:
     if self._needs_reference:
       self.reference = jax.tree.map(jnp.copy, params)  # the state's own buffers are donated
       with Checkpoints(self._reference_dir, keep=1) as checkpoints:
-        checkpoints.save(0, params, {})
+        if checkpoints.latest() is None:  # or a run killed before its first checkpoint begins anew
+          checkpoints.save(0, params, {})
     self.finish(0, {}, Clock())
 
   def _restore(self, logged: int) -> None:
@@ -107,6 +108,11 @@ class Run:
     self.log.resume_at(self.iteration)
     self.compiles.programs |= set(counters["programs"])
     self._totals, self._best_accuracy = counters["totals"], counters["best_accuracy"]
+    if self.experiment.config.eval.validation_problems:
+      with Checkpoints(self._best_dir, keep=1) as checkpoints:
+        best = checkpoints.latest()
+      if best is None or best > self.iteration:  # it took the place of the one meant here
+        self._best_accuracy = -1.0
     if self._needs_reference:
       _, self.reference, _ = _only(self._reference_dir, template.params)
 
@@ -172,9 +178,8 @@ class Run:
     if accuracy > self._best_accuracy:
       self._best_accuracy = accuracy
       with Checkpoints(self._best_dir, keep=1) as checkpoints:
-        # A run killed behind this point repeats it, bit by bit.
-        if iteration not in checkpoints.steps():
-          checkpoints.save(iteration, self.state.params, {"validation_accuracy": accuracy})
+        checkpoints.forget_after(iteration - 1)  # of a run that was killed behind this point
+        checkpoints.save(iteration, self.state.params, {"validation_accuracy": accuracy})
     return accuracy
 
   def _best(self) -> tuple[Params, dict[str, Any]]:

@@ -89,6 +89,7 @@ def load_params(source: Source, experiment: Experiment) -> Params:
   optimizer = make_optimizer(experiment.config.optimizer)
   template: Any = state_template(experiment.model_config, optimizer, experiment.mesh)
   is_best = source.kind == "best"  # of which the parameters alone are kept
-  with Checkpoints(source.checkpoints, keep=experiment.config.checkpoint.keep) as checkpoints:
+  keep = experiment.config.checkpoint.keep
+  with Checkpoints(source.checkpoints, keep, is_reader=True) as checkpoints:
     restored, _, _ = checkpoints.restore(source.step, template.params if is_best else template)
   return restored if is_best else restored.params

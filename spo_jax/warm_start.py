@@ -13,7 +13,8 @@ from spo_jax.compiles import CompileCount
 from spo_jax.distributed import Preemption, own_directory, to_host
 from spo_jax.experiment import Experiment
 from spo_jax.model import Params
-from spo_jax.update import init_state, make_optimizer, supervised_update
+from spo_jax.structs import TrainState
+from spo_jax.update import init_state, make_optimizer, state_template, supervised_update
 
 
 def warm_start(
@@ -28,19 +29,26 @@ def warm_start(
   """
   settings = experiment.config.sft
   optimizer = make_optimizer(settings.optimizer)
-  state = init_state(experiment.init_params(), optimizer)
-  state = jax.device_put(state, sharding.placements(state, experiment.mesh))
+
+  def begin() -> TrainState:
+    state = init_state(experiment.init_params(), optimizer)
+    return jax.device_put(state, sharding.placements(state, experiment.mesh))
+
   if not settings.max_steps:
-    return state.params
+    return begin().params
   checkpoints = Checkpoints(run_dir / "checkpoints" / "warm_start", keep=1)
   micro_rows = settings.micro_batch_rows or settings.batch_rows
   own = sharding.own_rows(micro_rows, experiment.mesh)
   own_of_batch = np.tile(own, settings.batch_rows // micro_rows)
   step, accuracy = 0, 0.0
-  if restored := checkpoints.restore_newest(state):
+  template = state_template(experiment.model_config, optimizer, experiment.mesh)
+  if restored := checkpoints.restore_newest(template):
     step, state, counters, _ = restored
     accuracy = counters["accuracy"]
     compiles.programs |= set(counters["programs"])
+    checkpoints.forget_after(step)
+  else:
+    state = begin()
   with (
     checkpoints,
     runlog.RunLog(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,7 +114,7 @@ def test_a_directory_without_checkpoints_has_no_latest(tmp_path):
 
 
 # Each child is killed in front of the n-th rename of its second save: counters, edges, state,
-# and then the checkpoint as a whole. JAX has started no thread when they are forked.
+# and then the checkpoint as a whole, twice. JAX has started no thread when they are forked.
 KILLED = """
 import os, sys
 from pathlib import Path
@@ -121,12 +122,12 @@ from runs import Stop
 from spo_jax.checkpoint import Checkpoints
 from test_checkpoint import edges, trained
 
-for call in range(1, 5):
+for call in range(1, 6):
   child = os.fork()
   if not child:
     with Checkpoints(Path(sys.argv[1]) / str(call), keep=1) as checkpoints:
       checkpoints.save(1, trained(1), {"n": 1}, edges(3))
-    Stop("orbax.checkpoint.path.atomicity.AtomicRenameTemporaryPath.finalize", call).install()
+    Stop("orbax.checkpoint.path.atomicity.AtomicRenameTemporaryPath.finalize", min(call, 4)).install()
     with Checkpoints(Path(sys.argv[1]) / str(call), keep=1) as checkpoints:
       checkpoints.save(2, trained(2), {"n": 2}, edges(4))
     os._exit(0)
@@ -136,14 +137,14 @@ for call in range(1, 5):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-  """Directories 1..4 of saves that were killed before their n-th rename."""
+  """Directories 1..4 of saves that were killed before their n-th rename, and 5 like 4."""
   directory = tmp_path_factory.mktemp("killed")
   tests = Path(__file__).parent
   done = subprocess.run(
     [sys.executable, "-c", KILLED, directory], capture_output=True, text=True,
     env=os.environ | {"PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"},
   )  # fmt: skip
-  assert done.stdout.split() == [str(-signal.SIGKILL)] * 4, done.stderr
+  assert done.stdout.split() == [str(-signal.SIGKILL)] * 5, done.stderr
   return directory
 
 
@@ -164,3 +165,27 @@ def test_a_save_that_was_killed_is_never_listed_and_can_be_repeated(killed, call
   assert_bitwise(state, trained(2))
   assert counters == {"n": 2}
   assert_bitwise(own, edges(4))
+
+
+def test_what_a_killed_save_left_is_removed_but_not_by_who_only_reads(killed, tmp_path):
+  folder = shutil.copytree(killed / "5", tmp_path / "run")
+  remains = {path.name for path in folder.iterdir()}
+  with Checkpoints(folder, keep=1, is_reader=True) as checkpoints:
+    checkpoints.restore(1, trained(0))
+  assert len(remains) == 2 and {path.name for path in folder.iterdir()} == remains
+  with Checkpoints(folder, keep=1) as checkpoints:
+    checkpoints.save(3, trained(3), {})  # another step than that of the kill
+  assert [path.name for path in folder.iterdir()] == ["3"]
+
+
+def test_a_step_in_front_of_the_newest_is_not_passed_over_in_silence(tmp_path):
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    checkpoints.save(5, trained(0), {})
+    with pytest.raises(AssertionError, match="step 4 is not behind"):
+      checkpoints.save(4, trained(0), {})
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    checkpoints.forget_after(3)
+    checkpoints.save(4, trained(1), {})
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    assert checkpoints.steps() == [4]
+    assert_bitwise(checkpoints.restore(4, trained(9))[0], trained(1))
