@@ -257,6 +257,7 @@ def chain(
       engine, params, stores, prompts, prompt, response, row[distinct], starts[row, k][distinct],
       continuations, continue_key, estimated,
     )  # fmt: skip
+    del stores  # or they are held while the next part samples
     values[row, k] = means[inverse]
     estimated += len(distinct)
     parts.append(

@@ -132,3 +132,18 @@ def test_a_request_apart_from_its_pieces_is_a_mistake():
   with pytest.raises(AssertionError, match="apart from the pieces"):
     far = wanted.replace(pieces=np.array([[0], [1], [2], [1]]), limit=np.ones(4, np.int32))
     engine.grow(None, (store,), far, None, 2, 2)
+
+
+def test_the_pieces_of_one_part_are_gone_when_the_next_one_samples(monkeypatch):
+  """What `kv_bytes` and the plan count is what there is."""
+  held, grow = [], rollouts.Engine.grow
+
+  def watched(engine, params, stores, *args):
+    if len(stores) == 1:  # prompts alone: responses begin
+      held.append(sum(x.nbytes for x in jax.live_arrays() if x.ndim == 4))
+    return grow(engine, params, stores, *args)
+
+  monkeypatch.setattr(rollouts.Engine, "grow", watched)
+  engine, prompts = tiny.Recorder(rows=4), tiny.prompts(6)
+  rollouts.chain(engine, tiny.params(), prompts, 4, 2, 0.4, 2, KEY)
+  assert len(held) > 1 and set(held) == {held[0]}
