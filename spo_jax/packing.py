@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import jax
 import numpy as np
@@ -174,6 +175,7 @@ def optimiser_batches(
   rng: np.random.Generator,
   pack_tokens: int = 0,
   own: np.ndarray | None = None,
+  even: bool = False,
 ) -> Iterator[tuple[TrainRows, int]]:
   """Shuffled batches of fixed shape [micro-batches, micro_batch, L].
 
@@ -183,6 +185,8 @@ def optimiser_batches(
   Args:
     pack_tokens: more than 0: the rows of an update are packed, and L is this.
     own: bool[micro_batch], the rows of a micro-batch that this process has; None: all.
+    even: whether rows are spread evenly over the micro-batches that are used, as where each of
+      these counts the same (train.official). Without, one is filled after the other.
   Yields: its rows of the batch, filled up with empty ones, and how many micro-batches are used.
   """
   signal = np.flatnonzero((rows.mask & (rows.advantages != 0)).any(axis=1))
@@ -197,12 +201,21 @@ def optimiser_batches(
         made, count = packing.make(places), packing.count
       else:
         count = len(part)
-        taken = select(rows, part[places[places < count]])
-        made = jax.tree.map(lambda x: fill(x, len(places)), taken)
+        used, order = -(-count // micro_batch), np.arange(count)
+        source = np.full(micro_batches * micro_batch, -1)
+        source[order % used * micro_batch + order // used if even else order] = part
+        made = jax.tree.map(partial(_taken, source[places]), rows)
       yield (
         jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), made),
         -(-count // micro_batch),
       )
+
+
+def _taken(source: np.ndarray, x: np.ndarray) -> np.ndarray:
+  """Rows of x by number; those of number -1 are empty."""
+  out = np.zeros((len(source), *x.shape[1:]), x.dtype)
+  out[source >= 0] = x[source[source >= 0]]
+  return out
 
 
 def _probability_mask(

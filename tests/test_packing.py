@@ -355,6 +355,23 @@ def test_every_row_with_signal_is_trained_on_once_per_epoch(signal, sizes, epoch
     assert not counts or max(counts) - min(counts) <= 1
 
 
+@pytest.mark.parametrize("count", [1, 8, 9, 13, 24])
+def test_rows_are_spread_evenly_where_each_micro_batch_counts_the_same(count):
+  rows = named_rows(np.ones(count, bool))
+  (batch, used), = optimiser_batches(rows, 24, 8, 1, np.random.default_rng(0), even=True)
+  sizes = (batch.tokens[..., 0] > 0).sum(axis=1)
+  assert used == -(-count // 8) and not sizes[used:].any()
+  assert sizes.sum() == count and sizes[:used].max() - sizes[:used].min() <= 1
+  assert sorted(batch.tokens[batch.tokens > 0].tolist()) == sorted([*range(1, count + 1)] * 4)
+  parts = [
+    next(optimiser_batches(rows, 24, 8, 1, np.random.default_rng(0), own=own, even=True))[0]
+    for own in (np.arange(8) < 3, np.arange(8) >= 3)
+  ]
+  jax.tree.map(
+    lambda whole, *x: np.testing.assert_array_equal(whole, np.concatenate(x, axis=1)), batch, *parts
+  )
+
+
 def test_rows_without_signal_give_no_batch():
   rows = named_rows(np.zeros(9, bool))
   assert list(optimiser_batches(rows, 4, 2, 3, np.random.default_rng(0))) == []
