@@ -66,6 +66,11 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
   placed = mesh_utils.create_device_mesh(
     sizes, devices[: math.prod(sizes)], allow_split_physical_axes=True
   )
+  if idle := {d.process_index for d in devices} - {d.process_index for d in placed.flat}:
+    raise ConfigError(
+      f"{_named('mesh', dict(zip(AXES, sizes)))} takes {placed.size} of {len(devices)} devices, "
+      f"and leaves process {min(idle)} without any. Set one axis to -1, or start fewer processes."
+    )
   return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

@@ -194,6 +194,18 @@ def test_a_mesh_that_the_devices_do_not_make_is_refused(sizes, said):
     sharding.make_mesh(MeshConfig(*sizes))
 
 
+def test_a_mesh_that_leaves_a_process_without_devices_is_refused(monkeypatch):
+  devices = [SimpleNamespace(process_index=i // 2) for i in range(4)]
+  monkeypatch.setattr(sharding, "Mesh", lambda devices, *_, **__: devices)
+  monkeypatch.setattr(
+    sharding.mesh_utils, "create_device_mesh",
+    lambda sizes, devices, **_: np.array(devices).reshape(sizes),
+  )  # fmt: skip
+  assert sharding.make_mesh(MeshConfig(3, 1, 1), devices).size == 3
+  with pytest.raises(ConfigError, match=r"mesh.data=2.* 2 of 4 devices.*process 1 without any"):
+    sharding.make_mesh(MeshConfig(2, 1, 1), devices)
+
+
 @pytest.mark.parametrize(
   ("sizes", "expected"),
   [
