@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -90,7 +90,7 @@ def configure(options: argparse.Namespace, source: Source) -> Config:
   chosen |= {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
   # What only training looks at is neither checked nor in the way.
   changes = ["algorithm=chain", "schedule=[]", "sft.max_steps=0", "eval.validation_problems=0",
-             "rollout.samples=1"]  # fmt: skip
+             "train.pack_tokens=0", "rollout.samples=1"]  # fmt: skip
   run = source.run
   if run is None:
     changes.append(f"model.path={json.dumps(source.model, ensure_ascii=False)}")
@@ -179,17 +179,22 @@ def _check_output(evaluation: Evaluation) -> None:
                        f"{value}. Name another folder.")  # fmt: skip
 
 
-def _open_output(evaluation: Evaluation) -> None:
-  """Makes the output folder, once all have looked at it. Raises: ValueError where it cannot."""
+def _open_output(evaluation: Evaluation) -> IO[str] | None:
+  """Makes the output folder, once all have looked at it, and locks it until the file is closed.
+
+  Raises: ValueError where it cannot, or where another evaluation is writing there.
+  """
   output = evaluation.output
   distributed.wait_for_all("the output folder is checked")
   if not distributed.is_main():
-    return
+    return None
   try:
     output.mkdir(parents=True, exist_ok=True)
+    lock = runlog.locked(output / "lock")
     runlog.write_atomic(output / SETTINGS, json.dumps(evaluation.settings, indent=2) + "\n")
   except OSError as error:
     raise ValueError(f"--output {output}: {error.strerror}. Name another folder.") from error
+  return lock
 
 
 def complete_samples(path: Path, total: int, chunk: int) -> list[dict[str, Any]]:
@@ -349,7 +354,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-  started = time.perf_counter()
+  started, lock = time.perf_counter(), None
   options = _parser().parse_args(arguments)
   try:
     distributed.initialize()
@@ -359,14 +364,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not is_done:
       experiment = evaluation.experiment
       params = experiment.engine.place(load_params(evaluation.source, experiment))
-      _open_output(evaluation)
+      lock = _open_output(evaluation)
   except ValueError as error:
     print("error:", " ".join(str(error).split()), file=sys.stderr)
     return 2
   experiment, settings = evaluation.experiment, evaluation.settings
   with (
-    contextlib.closing(experiment.task), jax.set_mesh(experiment.mesh),
-    distributed.quiet_unless_main(),
+    lock or contextlib.nullcontext(), contextlib.closing(experiment.task),
+    jax.set_mesh(experiment.mesh), distributed.quiet_unless_main(),
   ):  # fmt: skip
     if is_done:
       show(json.loads((output / SUMMARY).read_text()), output)

@@ -8,8 +8,11 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
+import tempfile
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -50,7 +53,7 @@ class RunLog:
     self._metrics = self.run_dir / "metrics.jsonl"
     self._samples = self.run_dir / "samples"
     self._samples.mkdir(parents=True, exist_ok=True)
-    self._lock = _locked(self.run_dir / "lock")
+    self._lock = locked(self.run_dir / "lock")
     self._has_events = tensorboard
     self._events: EventFile | None = None
     self._purge_step: int | None = None
@@ -126,7 +129,7 @@ class RunLog:
     self._lock.close()
 
 
-def _locked(path: Path) -> IO[str]:
+def locked(path: Path) -> IO[str]:
   """A file that this process alone has locked, until it is closed or the process ends.
 
   Raises: ConfigError where another one has it.
@@ -138,7 +141,7 @@ def _locked(path: Path) -> IO[str]:
     if error.errno in (errno.EACCES, errno.EAGAIN):
       file.close()
       raise ConfigError(
-        f"{path.parent} is being written by another process. End it, or name another --run-dir."
+        f"{path.parent} is being written by another process. End it, or name another folder."
       ) from error
     # Some mounts have no locks: there, nobody looks.
   return file
@@ -162,6 +165,25 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     if isinstance(record, dict):
       records.append(record)
   return records
+
+
+def assert_renames(folder: Path) -> None:
+  """Checkpoints become complete when their folder is renamed, which mounts of buckets may refuse.
+
+  Raises: ConfigError where this one does.
+  """
+  probe = Path(tempfile.mkdtemp(prefix=".probe-", dir=folder))  # each process has one
+  try:
+    (probe / "from").mkdir()
+    (probe / "from" / "file").touch()
+    (probe / "from").rename(probe / "to")
+  except OSError as error:
+    raise ConfigError(
+      f"--run-dir {folder}: no folder can be renamed there, as checkpoints must be "
+      f"({error.strerror}). Name another; docs/launch.md tells of buckets."
+    ) from error
+  finally:
+    shutil.rmtree(probe, ignore_errors=True)
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -223,7 +245,12 @@ def _start_wandb(project: str, run_dir: Path) -> Any:
   except ImportError as error:
     raise ValueError("wandb logging is asked for, but wandb is not installed: "
                      "pip install wandb, or leave it off") from error
-  return wandb.init(project=project, dir=str(run_dir), name=run_dir.name)
+  own = run_dir / "wandb_id"  # with it a resumed run goes on in its own page
+  if not own.exists():
+    write_atomic(own, uuid.uuid4().hex)
+  return wandb.init(
+    project=project, dir=str(run_dir), name=run_dir.name, id=own.read_text(), resume="allow"
+  )
 
 
 def format_seconds(seconds: float) -> str:

@@ -87,7 +87,7 @@ def learn(run: Run, rows: TrainRows, iteration: int) -> dict[str, float]:
   for batch, used in packing.optimiser_batches(
     rows, config.train.batch_rows, micro_batch, config.train.epochs,
     run.experiment.rng(Purpose.SHUFFLE, iteration), config.train.pack_tokens,
-    sharding.own_rows(micro_batch, mesh),
+    sharding.own_rows(micro_batch, mesh), config.train.official,
   ):  # fmt: skip
     on_device = (
       sharding.place_own(batch, micro_batch, mesh), sharding.place(np.int32(used), "scalar", mesh)
@@ -104,6 +104,8 @@ def learn(run: Run, rows: TrainRows, iteration: int) -> dict[str, float]:
 # A resumed run may change these; anything else would make it another run.
 _RESUME_MAY_CHANGE = (
   "train.iterations", "eval.", "checkpoint.", "log.", "mesh.", "rollout.mesh.",
+  # How much is computed at once, which changes results by rounding alone.
+  "rollout.rows", "train.micro_batch_rows", "train.pack_tokens", "train.remat",
 )  # fmt: skip
 
 
@@ -128,7 +130,10 @@ def open_run_dir(config: Config, config_path: Path, run_dir: Path | None, resume
     raise ConfigError(f"--resume: {run_dir} holds no run; check --run-dir.")
   if resume:
     changed = changed_keys(load(stored), config)
-    blocking = [key for key in changed if not key.startswith(_RESUME_MAY_CHANGE)]
+    blocking = [
+      key for key in changed if not key.startswith(_RESUME_MAY_CHANGE)
+      or (config.train.official and key == "train.micro_batch_rows")
+    ]  # fmt: skip
     if blocking:
       raise ConfigError(
         f"--resume: {blocking[0]} differs from {stored}; set it back or start a new run."
@@ -141,6 +146,7 @@ def open_run_dir(config: Config, config_path: Path, run_dir: Path | None, resume
       )
   try:
     run_dir.mkdir(parents=True, exist_ok=True)
+    runlog.assert_renames(run_dir)
   except OSError as error:
     raise ConfigError(f"--run-dir {run_dir}: {error.strerror}; name another.") from error
   return run_dir
@@ -216,7 +222,7 @@ def main(
       print(to_yaml(config) + "\n" + plan(experiment))
       return 0
     run_dir = open_run_dir(config, options.config, options.run_dir, options.resume)
-    project = "spo_jax" if config.log.wandb else None
+    project = "spo_jax" if config.log.wandb and distributed.is_main() else None
     distributed.wait_for_all("the run directory is checked")
     own_dir = distributed.own_directory(run_dir)
     log = runlog.RunLog(own_dir, project, config.log.tensorboard)
@@ -231,7 +237,7 @@ def main(
     try:
       print(to_yaml(config) + "\n" + plan(experiment), flush=True)
       summary = finished(run_dir, config.train.iterations) or train(experiment, run_dir, log)
-      if summary:
+      if summary and distributed.is_main():
         runlog.final_table(summary, run_dir)
         print(f"Report: {write_report(run_dir)}")
     except (KeyboardInterrupt, distributed.Preempted) as stop:

@@ -370,6 +370,21 @@ def test_a_finished_evaluation_is_shown_again_without_a_model(run, folder, sampl
   assert content(sampled) == before
 
 
+def test_an_output_folder_has_one_writer(refuse, folder, tmp_path):
+  hold = (
+    "import sys; from pathlib import Path; from spo_jax.runlog import locked; "
+    "lock = locked(Path(sys.argv[1])); print('held', flush=True); input()"
+  )
+  holder = subprocess.Popen(
+    [sys.executable, "-c", hold, tmp_path / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+  )
+  assert holder.stdout.readline() == b"held\n"
+  said = refuse("--model", folder, "--task", "guess", *ROOM, "--output", tmp_path)
+  assert str(tmp_path) in said and "another process" in said
+  holder.kill()
+  holder.wait()
+
+
 def test_results_of_something_else_are_not_overwritten(refuse, folder, tmp_path):
   for name in ("samples.jsonl", "summary.json"):
     output = tmp_path / name
@@ -553,7 +568,7 @@ model: {path: owner/name}
 task: {name: gsm8k, path: mine.jsonl, prompt: boxed}
 rollout: {samples: 5, rows: 6, max_response_tokens: 80}
 spo: {branch_factors: [2, 3], segment_tokens: 70}
-train: {iterations: 3}
+train: {iterations: 3, pack_tokens: 700}
 sft: {max_steps: 6}
 eval: {validation_problems: 4, temperature: 0.7}
 """)
@@ -563,6 +578,8 @@ eval: {validation_problems: 4, temperature: 0.7}
   assert (config.sft.max_steps, config.eval.validation_problems) == (0, 0)
   assert (config.rollout.samples, config.eval.temperature) == (2, 0.7)
   assert (config.task.path, config.task.prompt) == ("mine.jsonl", "boxed")
+  longer = evaluate.configure(parsed("--max-response-tokens", "900"), source)
+  assert longer.rollout.max_response_tokens == 900
   other = evaluate.configure(parsed("--task", "math"), source)
   assert (other.rollout.samples, other.eval.temperature) == (1, 0)
   assert (other.task.path, other.task.prompt) == (None, "default")

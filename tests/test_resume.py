@@ -18,6 +18,9 @@ pytest_plugins = ["runs"]
 
 from runs import VARIANTS, Stop, assert_same_run, heeding_ctrl_c, metrics, summary  # noqa: E402
 
+from spo_jax.config import ConfigError, load, to_yaml  # noqa: E402
+from spo_jax.train import open_run_dir  # noqa: E402
+
 SAVE = "spo_jax.checkpoint.Checkpoints.save"
 COMMIT = "orbax.checkpoint.path.atomicity.AtomicRenameTemporaryPath.finalize"
 
@@ -134,6 +137,44 @@ def test_a_run_is_not_resumed_as_another(refuse, config, copy, setting):
   said = refuse(*command(config, copy, "chain", setting, resume=True))
   assert setting.partition("=")[0] in said
   assert content(copy) == before
+
+
+@pytest.mark.parametrize(
+  ("setting", "official", "may"),
+  [
+    ("rollout.rows=16", "false", True), ("train.remat=layer", "false", True),
+    ("train.pack_tokens=64", "false", True), ("train.micro_batch_rows=4", "false", True),
+    ("train.micro_batch_rows=4", "true", False), ("rollout.questions=8", "false", False),
+  ],
+)  # fmt: skip
+def test_a_resumed_run_may_compute_less_or_more_at_once(config, tmp_path, setting, official, may):
+  own = [f"train.official={official}"]
+  (tmp_path / "config.yaml").write_text(to_yaml(load(config, own)))
+  changed = load(config, [*own, setting])
+  if may:
+    assert open_run_dir(changed, config, tmp_path, resume=True) == tmp_path
+  else:
+    with pytest.raises(ConfigError, match=setting.partition("=")[0]):
+      open_run_dir(changed, config, tmp_path, resume=True)
+
+
+def test_a_best_policy_of_a_future_that_was_lost_is_not_kept(train, finished, config, tmp_path):
+  """An evaluation may differ on resume: what was best behind that point counts no more."""
+  run_dir = shutil.copytree(finished("grpo")[0], tmp_path / "run")
+  best = run_dir / "checkpoints" / "best"
+  (found,) = best.iterdir()
+  found.rename(best / "6")
+  shutil.rmtree(run_dir / "checkpoints" / "policy" / "6")
+  (run_dir / "summary.json").unlink()  # or the run is finished
+  result = train(*command(config, run_dir, "grpo", "eval.every=1", resume=True))
+  assert result.code == 0, result.err
+  accuracy = {
+    record["iteration"]: record["eval/validation_accuracy"] for record in metrics(run_dir)
+    if record["iteration"] > 4
+  }
+  expected = max(accuracy, key=accuracy.__getitem__)
+  assert summary(run_dir)["best"]["iteration"] == expected
+  assert [path.name for path in best.iterdir()] == [str(expected)]
 
 
 def test_a_run_is_not_overwritten(refuse, config, copy):

@@ -1,6 +1,7 @@
 """The run directory survives kills, and says what happened to people and programs."""
 
 import contextlib
+import errno
 import io
 import json
 import re
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 
 from spo_jax import runlog
+from spo_jax.config import ConfigError
 from spo_jax.runlog import RunLog, final_table, plain, progress, read_metrics
 
 
@@ -215,11 +217,32 @@ def test_wandb_is_imported_only_when_asked_for(tmp_path, monkeypatch):
   run = types.SimpleNamespace(
     log=lambda values, step: calls.append((values, step)), finish=lambda: calls.append("finish")
   )
-  fake = types.SimpleNamespace(init=lambda **options: calls.append(options["project"]) or run)
-  monkeypatch.setitem(sys.modules, "wandb", fake)
-  with RunLog(tmp_path, wandb_project="spo") as log:
-    log.log(3, {"x": 1, "y": float("inf")})
-  assert calls == ["spo", ({"x": 1}, 3), "finish"]
+  pages = []
+
+  def init(project, **options):
+    calls.append(project)
+    pages.append((options["id"], options["resume"]))
+    return run
+
+  monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+  for _ in range(2):  # a resumed run goes on in its own page
+    with RunLog(tmp_path, wandb_project="spo") as log:
+      log.log(3, {"x": 1, "y": float("inf")})
+  assert calls == ["spo", ({"x": 1}, 3), "finish"] * 2
+  RunLog(tmp_path / "other", wandb_project="spo").close()
+  assert pages[0] == pages[1] != pages[2] and pages[0][1] == "allow"
+
+
+def test_a_mount_that_renames_no_folders_is_named_before_a_run_begins(tmp_path, monkeypatch):
+  runlog.assert_renames(tmp_path)
+
+  def refuse(*_):
+    raise OSError(errno.EMFILE, "Too many open files")
+
+  with monkeypatch.context() as patch, pytest.raises(ConfigError, match="no folder can be renamed"):
+    patch.setattr(Path, "rename", refuse)
+    runlog.assert_renames(tmp_path)
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_a_kill_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
