@@ -121,17 +121,48 @@ class Experiment:
     self.left_out[what] = int((~fits).sum())
     return [problem for problem, kept in zip(problems, fits, strict=True) if kept]
 
+  def _fitting(
+    self, problems: Sequence[Problem], order: np.ndarray, demonstrated: bool = False
+  ) -> list[Problem]:
+    """The problems at these indices.
+
+    An endless split cannot be looked through beforehand. One of its problems that does not fit is
+    counted, and the next that does stands in for it.
+    """
+    chosen = [problems[int(i)] for i in order]
+    if len(problems) <= _LISTED:
+      return chosen
+    limit, room = (
+      self.config.rollout.max_prompt_tokens, self.config.rollout.max_response_tokens
+    )  # fmt: skip
+    open_rows = np.arange(len(chosen))
+    for step in range(1, _CHECKED):
+      asked = [chosen[i] for i in open_rows]
+      fits = np.array([len(ids) <= limit for ids in self._prompt_ids(asked)], bool)
+      if demonstrated:
+        fits &= [0 < len(ids) < room for ids in self._demonstration_ids(asked)]
+      open_rows = open_rows[~fits]
+      if not len(open_rows):
+        break
+      if step == 1:
+        what = "generated problems that are too long, others in their places"
+        self.left_out[what] = self.left_out.get(what, 0) + len(open_rows)
+      for i in open_rows:
+        chosen[i] = problems[(int(order[i]) + step) % len(problems)]
+    return chosen
+
   def questions(self, cursor: int, count: int) -> Prompts:
     """The training questions at positions cursor .. cursor + count - 1 of the seeded order."""
     problems = self.split("train")
     order = question_order(len(problems), self.config.seed, cursor, count)
-    return self._prompts([problems[int(i)] for i in order])
+    return self._prompts(self._fitting(problems, order))
 
   def held_out(self, split: str, count: int) -> Prompts:
     """The first `count` problems of a split, the same at every evaluation."""
     if (split, count) not in self._held_out:
       problems = self.split(split)
-      rows = [problems[i] for i in range(min(count, len(problems)))]
+      order = np.arange(min(count, len(problems)))
+      rows = self._fitting(problems, order)
       self._held_out[split, count] = self._prompts(rows)
     return self._held_out[split, count]
 
@@ -147,18 +178,19 @@ class Experiment:
     order = question_order(
       len(problems), self.config.seed + int(Purpose.DEMONSTRATE), cursor, count
     )
-    questions = self._prompts([problems[int(i)] for i in order[own]], are_shared=False)
+    rows = self._fitting(problems, order[own], demonstrated=True)
+    questions = self._prompts(rows, are_shared=False)
     end = self.engine.sampling.end_ids[0]
-    rows = [[*ids, end] for ids in self._demonstration_ids(questions.problems)]
+    responses = [[*ids, end] for ids in self._demonstration_ids(questions.problems)]
     room = self.config.rollout.max_response_tokens
-    if (longest := max(map(len, rows))) > room:
+    if (longest := max(map(len, responses))) > room:
       raise ValueError(
         f"a demonstration has {longest} tokens with its end, rollout.max_response_tokens={room} "
         f"cannot hold it. Raise it to {longest}."
       )
-    lengths = np.array([len(row) for row in rows], np.int32)
-    tokens = np.array([row + [end] * (room - len(row)) for row in rows], np.int32)
-    return behind_prompts(questions, np.arange(len(rows)), tokens, lengths)
+    lengths = np.array([len(row) for row in responses], np.int32)
+    tokens = np.array([row + [end] * (room - len(row)) for row in responses], np.int32)
+    return behind_prompts(questions, np.arange(len(responses)), tokens, lengths)
 
   def test_accuracies(
     self, params: model.Params, count: int
@@ -309,13 +341,13 @@ def check_rows(config: Config, mesh: Mesh, rollout_mesh: Mesh, training: bool) -
   if config.sft.max_steps:
     sft_rows = config.sft.micro_batch_rows or config.sft.batch_rows
     rows.append(("mesh", mesh, "sft.micro_batch_rows", sft_rows))
-  for section, of, key, count in rows:
-    shards = sharding.row_shards(of)
-    if count % shards:
-      raise ConfigError(
-        f"{key}={count} cannot be shared out to {section}.data x {section}.fsdp = {shards} "
-        f"devices. Set it to a multiple of {shards}."
-      )
+  wrong = [
+    f"{key}={count} cannot be shared out to {section}.data x {section}.fsdp = {shards} "
+    f"devices. Set it to a multiple of {shards}."
+    for section, of, key, count in rows if count % (shards := sharding.row_shards(of))
+  ]  # fmt: skip
+  if wrong:
+    raise ConfigError(" ".join(dict.fromkeys(wrong)))
 
 
 def _check_lengths(experiment: Experiment) -> None:
@@ -327,4 +359,5 @@ def _check_lengths(experiment: Experiment) -> None:
     wanted = max(config.sft.check_problems, config.eval.validation_problems)
     experiment.held_out("validation", min(wanted, _CHECKED))
   if config.sft.max_steps:
-    in_shares(_CHECKED, lambda share: experiment.demonstrations(0, _CHECKED, share))
+    count = -(-_CHECKED // jax.process_count()) * jax.process_count()  # none checks nothing
+    in_shares(count, lambda share: experiment.demonstrations(0, count, share))

@@ -250,6 +250,11 @@ def test_a_schedule_sets_keys_from_an_iteration_on(write):
   assert dataclasses.replace(at[99], spo=config.spo, rollout=config.rollout) == config
 
 
+def test_a_schedule_goes_by_iterations_in_whatever_order_it_is_written(write):
+  config = load(write('schedule: ["9: spo.interval=2", "3: spo.interval=4"]'))
+  assert [config_at(config, i).spo.interval for i in (2, 3, 8, 9)] == [5, 4, 4, 2]
+
+
 def test_without_a_file_there_are_defaults_and_overrides():
   assert load(None, ["seed=3"]) == dataclasses.replace(Config(), seed=3)
 

@@ -172,6 +172,8 @@ def test_one_row_leaves_nothing_to_hold_out(tmp_path):
     ("/nowhere/at/all", "/nowhere/at/all does not exist"),
     ("notes.txt", r"notes\.txt: a file must end in \.jsonl, \.json, \.parquet"),
     ("empty", "empty holds no train, validation or test file"),
+    ("above", "above/data, which does"),
+    ("saved", "write its splits with to_parquet"),
     ("double", "double holds train twice, as train.json and train.jsonl"),
   ],
 )
@@ -179,7 +181,10 @@ def test_a_wrong_path_is_an_error_at_once(tmp_path, monkeypatch, path, message):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "notes.txt").write_text("x")
   (tmp_path / "empty").mkdir()
-  (tmp_path / "double").mkdir()
+  for folder in ("double", "above", "above/data", "saved"):
+    (tmp_path / folder).mkdir()
+  write(tmp_path / "above" / "data" / "train-00000-of-00001.jsonl", [row(1)])
+  (tmp_path / "saved" / "dataset_dict.json").touch()
   for suffix in ("json", "jsonl"):
     write(tmp_path / "double" / f"train.{suffix}", [row(1)])
   with pytest.raises(ValueError, match=message) as error:

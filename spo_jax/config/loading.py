@@ -28,6 +28,9 @@ def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -
   for settings in _read_files(Path(path)) if path is not None else []:
     _assign(resolved, settings)
   config = _assigned(resolved, overrides)
+  if (folder := config.model.path or "").startswith("~"):
+    own = dataclasses.replace(config.model, path=os.path.expanduser(folder))
+    config = dataclasses.replace(config, model=own)
   validate(config)
   for first, _ in map(_stage, config.schedule):
     validate(config_at(config, first))
@@ -130,7 +133,8 @@ def changed_keys(old: Config, new: Config) -> list[str]:
 
 def config_at(config: Config, iteration: int) -> Config:
   """The configuration of one iteration: what `schedule` has set by then."""
-  due = [setting for first, setting in map(_stage, config.schedule) if iteration >= first]
+  stages = sorted(map(_stage, config.schedule), key=lambda stage: stage[0])
+  due = [setting for first, setting in stages if iteration >= first]
   return _assigned(config, due) if due else config
 
 

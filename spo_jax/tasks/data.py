@@ -186,8 +186,13 @@ def _find_files(path: str) -> dict[str, _Rows] | None:
       if file.suffix in SUFFIXES and (split := _split_name(file.stem)):
         files.setdefault(split, []).append(file)
     if not files:
+      below = [file.parent for file in sorted(place.glob("*/*"))
+               if file.suffix in SUFFIXES and _split_name(file.stem)]  # fmt: skip
+      fix = f". Name {below[0]}, which does" if below else (
+        ". It was made by save_to_disk: write its splits with to_parquet" * any(
+          (place / name).exists() for name in ("dataset_dict.json", "dataset_info.json")))
       raise ValueError(f"task.path={path} holds no train, validation or test file that ends in "
-                       f"{', '.join(SUFFIXES)}")  # fmt: skip
+                       f"{', '.join(SUFFIXES)}{fix}")  # fmt: skip
     for split, found in files.items():
       if len({file.suffix for file in found}) > 1:
         raise ValueError(f"task.path={path} holds {split} twice, as {found[0].name} and "

@@ -1,0 +1,82 @@
+"""What a run is made of: rows that can be shared out, folders that are found, problems that fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+from runs import CONFIG
+
+from spo_jax import experiment
+from spo_jax.config import ConfigError, load
+from spo_jax.experiment import build, check_rows
+from spo_jax.sharding import AXES
+
+
+def mesh(*sizes):
+  return SimpleNamespace(shape=dict(zip(AXES, sizes)))
+
+
+def test_all_rows_that_cannot_be_shared_out_are_named_at_once():
+  config = load(None, ["rollout.rows=216", "train.micro_batch_rows=8"])
+  with pytest.raises(ConfigError) as said:
+    check_rows(config, mesh(2, 8, 1), mesh(16, 1, 1), training=True)
+  text = str(said.value)
+  assert "rollout.rows=216" in text and "train.micro_batch_rows=8" in text
+  assert text.count("multiple of 16") == 2
+  check_rows(config, mesh(2, 4, 1), mesh(8, 1, 1), training=True)
+
+
+def test_a_model_in_the_home_folder_is_found(monkeypatch, tmp_path):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  assert load(None, ["model.path=~/qwen"]).model.path == str(tmp_path / "qwen")
+  assert load(None, ["model.path=owner/name~1"]).model.path == "owner/name~1"
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory):
+  """generated(prompt tokens, response tokens) -> an experiment whose task has endless problems."""
+  path = tmp_path_factory.mktemp("generated") / "config.yaml"
+  path.write_text(CONFIG)
+  made = build(load(path, [
+    "task.name=countdown", "task.prompt=plain", "task.numbers=3", "task.largest=999",
+    "model.tokenizer_tokens=290", "rollout.max_prompt_tokens=60", "rollout.max_response_tokens=120",
+  ]))  # fmt: skip
+  assert len(made.split("train")) > experiment._LISTED and made.left_out == {}
+
+  def make(prompt: int, response: int):
+    rollout = dataclasses.replace(
+      made.config.rollout, max_prompt_tokens=prompt, max_response_tokens=response
+    )
+    config = dataclasses.replace(made.config, rollout=rollout)
+    return dataclasses.replace(made, config=config, left_out={}, _held_out={})
+
+  return make
+
+
+def test_another_stands_in_for_a_generated_question_that_is_too_long(generated):
+  whole = generated(60, 120).questions(0, 64)
+  longest = int(whole.lengths.max())
+  fits = whole.lengths < longest
+  shorter = generated(longest - 1, 120)
+  taken = shorter.questions(0, 64)
+  assert 0 < fits.sum() < 64 and taken.lengths.max() < longest
+  same = [new == old for new, old in zip(taken.problems, whole.problems)]
+  assert same == fits.tolist()
+  assert list(shorter.left_out.values()) == [64 - fits.sum()]
+  assert generated(longest - 1, 120).questions(0, 64).problems == taken.problems
+  assert shorter.held_out("test", 64).lengths.max() < longest
+
+
+def test_another_stands_in_for_a_generated_demonstration_that_is_too_long(generated):
+  _, _, mask = generated(60, 120).demonstrations(0, 64)
+  longest = int(mask.sum(axis=1).max())
+  _, is_token, mask = generated(60, longest - 1).demonstrations(0, 64)
+  assert 0 < mask.sum(axis=1).max() < longest
+  assert is_token.shape[1] == 60 + longest - 1
+
+
+def test_where_no_question_fits_the_room_that_is_needed_is_named(generated):
+  with pytest.raises(ValueError, match=r"rollout\.max_prompt_tokens=2 .*Raise it to \d"):
+    generated(2, 120).questions(0, 4)
