@@ -8,7 +8,7 @@
 #   delete   the job; its files stay
 #
 # For apply:
-#   --image IMAGE            with spo_jax[tpu] installed and configs/ in its working directory
+#   --image IMAGE            with spo_jax[tpu,math] installed and configs/ in its working directory
 #   --accelerator KIND       e.g. tpu-v5-lite-podslice
 #   --topology TOPOLOGY      e.g. 4x4
 #   --hosts N, --chips N     hosts of the slice, and chips of each: 4 and 4 for that one

@@ -8,6 +8,7 @@
 #   setup    copy the committed repository (HEAD), install it
 #   train    on all workers, their logs on this terminal; needs --bucket, --run and --config
 #   run      all of these, and again after each preemption until the run is done
+#   stop     the trainer, which saves at the end of the iteration; end `run` with Ctrl-C first
 #   delete   the slice; the bucket stays
 #
 #   --type TYPE       e.g. v5litepod-16       --version IMAGE   e.g. v2-alpha-tpuv5-lite
@@ -16,13 +17,14 @@
 #   --spot            cheaper, and taken away without asking
 #   --dry-run         print the commands, run nothing
 #
-# The arguments of spo_jax.train get --run-dir and --resume from here.
+# The arguments of spo_jax.train get --run-dir and --resume from launch/tpu_worker.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/lib.sh
 source launch/lib.sh
 
 tpu=(gcloud compute tpus tpu-vm)
+commit=HEAD
 MAX_FAILURES=5  # to create the first slice; for another one it waits until there is room
 
 # Steps are chained with &&: errexit does not hold where `run` asks for the exit code.
@@ -35,29 +37,39 @@ on_all_workers() {
   run "${tpu[@]}" ssh "${where[@]}" --worker=all --command "$1"
 }
 
+# need_committed [FILE]: dies where the workers, which get the commit, would run something else.
+need_committed() {
+  local changed
+  changed=$(git status --porcelain -- spo_jax configs launch pyproject.toml requirements.txt "$@")
+  [[ -z $changed ]] ||
+    die "not committed, so the workers would not get it: ${changed//$'\n'/, }; commit it first"
+  commit=$(git rev-parse HEAD)
+}
+
 setup() {
   local archive=build/spo_jax.tar.gz
   # The images bring Python 3.10, which is too old; uv brings its own.
   # shellcheck disable=SC2016  # $HOME is the worker's
   run mkdir -p build &&
-    run git archive --format=tar.gz -o "$archive" HEAD &&
+    run git archive --format=tar.gz -o "$archive" "$commit" &&
     run "${tpu[@]}" scp "$archive" "${option[name]}:spo_jax.tar.gz" --zone "${option[zone]}" \
       --worker=all &&
     on_all_workers 'set -e; mkdir -p spo_jax; tar -xzf spo_jax.tar.gz -C spo_jax; cd spo_jax
+command -v gcsfuse >/dev/null || sudo apt-get install -qy gcsfuse ||
+  { echo "gcsfuse is missing and apt-get cannot install it: see docs/launch.md" >&2; exit 1; }
 python3 -m pip install -q --user uv
 [ -d .venv ] || $HOME/.local/bin/uv venv -q --python 3.12 .venv
-$HOME/.local/bin/uv pip install -q --python .venv/bin/python -e ".[tpu]"'
+$HOME/.local/bin/uv pip install -q --python .venv/bin/python -c requirements.txt -e ".[tpu,math]"'
 }
 
 train() {
-  local bucket folder words
-  bucket=$(quoted "${option[bucket]}") folder=$(quoted "${option[run]}") words=$(quoted "$@")
-  # shellcheck disable=SC2016
-  on_all_workers 'set -e; mkdir -p $HOME/spo_runs; cd spo_jax; dir=$HOME/spo_runs/'"$folder"'
-mountpoint -q $HOME/spo_runs || gcsfuse --implicit-dirs '"$bucket"' $HOME/spo_runs
-resume=; [ ! -e "$dir/config.yaml" ] || resume=--resume
-SPO_DISTRIBUTED=auto JAX_PLATFORMS=tpu,cpu exec .venv/bin/python -m spo_jax.train '"$words"' \
-  --run-dir "$dir" $resume'
+  local words
+  words=$(quoted "${option[bucket]}" "${option[run]}" "$@")
+  on_all_workers "cd spo_jax && exec launch/tpu_worker.sh $words"
+}
+
+stop() {
+  on_all_workers '[ ! -e spo_jax/launch/tpu_worker.sh ] || exec spo_jax/launch/tpu_worker.sh --stop'
 }
 
 delete() {
@@ -123,8 +135,8 @@ until_done() {
 task=${1-}
 case $task in
   -h | --help) usage; exit ;;
-  create | setup | train | run | delete) shift ;;
-  *) die "'$task' is none of create, setup, train, run, delete" ;;
+  create | setup | train | run | stop | delete) shift ;;
+  *) die "'$task' is none of create, setup, train, run, stop, delete" ;;
 esac
 read_options "name zone type version bucket run" spot "$@"
 need name zone
@@ -138,7 +150,13 @@ if [[ $task == train || $task == run ]]; then
   need_config "${rest[@]}"
   [[ -z $(value_of run-dir "${rest[@]}") ]] || die "--run-dir is the bucket's --run; leave it out"
 fi
-$DRY_RUN || need_program gcloud
+if ! $DRY_RUN; then
+  need_program gcloud
+  case $task in
+    setup) need_committed ;;
+    run) need_committed "$(value_of config "${rest[@]}")" ;;
+  esac
+fi
 case $task in
   train) train "${rest[@]}" ;;
   run) until_done "${rest[@]}" ;;

@@ -12,56 +12,29 @@ from pathlib import Path
 
 import pytest
 import yaml
+from launching import (
+  BUCKET,
+  LAUNCH,
+  ROOT,
+  RUN_DIR,
+  TPU,
+  TRAIN,
+  assert_refused,
+  dry_run,
+  environment,
+  fake_programs,
+  launch,
+  program,
+  words_of,
+)
 from runs import heeding_ctrl_c
 
-ROOT = Path(__file__).parents[1]
-LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.sh") if path.name != "lib.sh")
-TRAIN = ["--config", "configs/laptop_tree.yaml", "--set", "prompts.text=a b's"]
-RUN_DIR = ["--run-dir", "runs/x"]
-
-TPU = ["--name", "pod", "--zone", "z", "--type", "v5litepod-16", "--version", "v2"]
-BUCKET = ["--bucket", "b", "--run", "tree"]
 GKE = [
   "--name", "tree", "--image", "registry/spo:1", "--accelerator", "tpu-v5-lite-podslice",
   "--topology", "4x4", "--hosts", "4", "--chips", "4", "--claim", "runs",
 ]  # fmt: skip
 SLURM = ["--nodes", "2", "--gpus", "8"]
-
-
-def environment(**more):
-  """Ours, without what an outer launcher or test run has set."""
-  clean = {k: v for k, v in os.environ.items() if not k.startswith(("SPO_", "SLURM_", "XLA_"))}
-  return {**clean, "JAX_PLATFORMS": "cpu", "PYTHON": sys.executable, **more}
-
-
-def launch(script, *arguments, **more):
-  # From elsewhere, but for the one that sbatch copies: it is called in the repository root.
-  cwd = ROOT if script == "slurm_job.sh" else "/"
-  return subprocess.run(
-    [LAUNCH / script, *map(str, arguments)], capture_output=True, text=True, timeout=60,
-    env=environment(**more), cwd=cwd,
-  )  # fmt: skip
-
-
-def program(path, body):
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(f"#!/bin/bash\n{body}\n")
-  path.chmod(0o755)
-  return str(path)
-
-
-def words_of(line):
-  """The words of a printed command, as bash reads them ($'a\\nb' too, which shlex does not)."""
-  script = f"words=({line}); printf '%s\\0' \"${{words[@]}}\""
-  done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
-  return done.stdout.split("\0")[:-1]
-
-
-def dry_run(script, *arguments, **more):
-  done = launch(script, *arguments, **more)
-  assert done.returncode == 0, done.stderr
-  return done.stdout
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -100,6 +73,10 @@ def test_help_is_the_header_and_names_every_option(script):
     (["tpu_vm.sh", "train", *TPU, "--bucket", "gs://b", "--run", "r"], "without gs://"),
     (["tpu_vm.sh", "train", *TPU, *BUCKET], "--config FILE"),
     (["tpu_vm.sh", "run", *TPU, *BUCKET, *TRAIN, *RUN_DIR], "leave it out"),
+    (["tpu_vm.sh", "stop", "--zone", "z"], "--name is missing"),
+    (["tpu_worker.sh"], "BUCKET and RUN are missing"),
+    (["tpu_worker.sh", "--dry-run", "b"], "BUCKET and RUN are missing"),
+    (["tpu_worker.sh", "--start", "b", "tree", *TRAIN], "BUCKET and RUN are missing"),
     (["gke.sh", "apply"], "--name is missing"),
     (["gke.sh", "apply", "--name", "A_b"], "--name 'A_b'"),
     (["gke.sh", "apply", *GKE[:-2], *TRAIN], "--claim is missing"),
@@ -115,11 +92,6 @@ def test_help_is_the_header_and_names_every_option(script):
 )
 def test_a_wrong_command_line_ends_with_one_line_and_code_2(command, missing):
   assert_refused(launch(*command), missing)
-
-
-def assert_refused(done, message):
-  assert (done.returncode, done.stdout) == (2, "")
-  assert message in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -200,13 +172,6 @@ def test_slurm_dry_run_asks_for_requeue_and_an_early_sigterm():
           "--ntasks-per-node=1", "--open-mode=append"} < set(words)  # fmt: skip
 
 
-def fake_programs(folder, **programs):
-  """The PATH on which these stand in for the real ones."""
-  for name, body in programs.items():
-    program(folder / name, body)
-  return f"{folder}:{os.environ['PATH']}"
-
-
 @pytest.fixture
 def slurm(tmp_path):
   """Environment of a job whose processes fail with $CODE and whose scontrol logs requeues."""
@@ -258,106 +223,6 @@ def test_slurm_job_that_is_told_to_stop_waits_for_its_processes(slurm, tmp_path)
   assert job.returncode == 143
 
 
-def test_tpu_dry_run_creates_copies_installs_trains_and_deletes():
-  out = dry_run("tpu_vm.sh", "run", "--dry-run", "--spot", *TPU, *BUCKET, *TRAIN)
-  verbs = re.findall(r"^gcloud compute tpus tpu-vm (\w+)", out, re.M)
-  assert verbs == ["create", "scp", "ssh", "ssh", "describe", "delete"]
-  lines = [words_of(line) for line in out.splitlines() if line.startswith("gcloud")]
-  assert {"--spot", "--accelerator-type", "v5litepod-16", "--version", "v2"} < set(lines[0])
-  assert all({"pod", "z"} < set(line) for line in lines if line[4] != "scp")
-  assert all("--worker=all" in line for line in lines[1:4])
-  assert "git archive" in out and "[tpu]" in lines[2][-1]
-
-
-def test_tpu_worker_command_survives_its_quoting_and_resumes(tmp_path):
-  out = dry_run("tpu_vm.sh", "train", "--dry-run", *TPU, *BUCKET, *TRAIN)
-  command = words_of(out)[-1]
-  path = fake_programs(tmp_path / "bin", gcsfuse="exit 0", mountpoint="exit 0")
-  program(
-    tmp_path / "spo_jax" / ".venv" / "bin" / "python",
-    'printf "%s\\n" "$SPO_DISTRIBUTED" "$@"',
-  )
-
-  def worker():
-    return subprocess.run(
-      ["bash", "-c", command], cwd=tmp_path, env={"HOME": str(tmp_path), "PATH": path},
-      capture_output=True, text=True, check=True,
-    ).stdout.splitlines()  # fmt: skip
-
-  run_dir = tmp_path / "spo_runs" / "tree"
-  expected = ["auto", "-m", "spo_jax.train", *TRAIN, "--run-dir", str(run_dir)]
-  assert worker() == expected
-  run_dir.mkdir(parents=True)
-  (run_dir / "config.yaml").touch()
-  assert worker() == [*expected, "--resume"]
-
-
-# codes: of the ssh commands, the first of which installs; states: what `describe` answers.
-@pytest.mark.parametrize(
-  ("codes", "states", "verbs", "code"),
-  [
-    ("0 0", "READY", "scp ssh ssh", 0),
-    ("0 0", "MISSING", "create scp ssh ssh", 0),
-    ("0 143 0", "READY READY READY", "scp ssh ssh ssh", 0),
-    ("255 0 0", "MISSING READY READY", "create scp ssh scp ssh ssh", 0),
-    ("0 1 0 0", "READY PREEMPTED PREEMPTED", "scp ssh ssh delete create scp ssh ssh", 0),
-    ("0 2", "READY READY", "scp ssh ssh", 2),
-  ],
-)
-def test_tpu_run_recreates_a_preempted_slice_and_stops_at_a_failure(
-  tmp_path, codes, states, verbs, code
-):
-  for name, text in (("codes", codes), ("states", states)):
-    (tmp_path / name).write_text(text.replace(" ", "\n") + "\n")
-  gcloud = (
-    'pop() { head -n1 "$T/$1"; sed -i 1d "$T/$1"; }\n'
-    '[[ $4 != describe ]] || { pop states; exit; }\necho "did $4"\n'
-    '[[ $4 != ssh ]] || exit "$(pop codes)"'
-  )
-  path = fake_programs(tmp_path / "bin", gcloud=gcloud, sleep="", git="", mkdir="")
-  done = launch("tpu_vm.sh", "run", *TPU, *BUCKET, *TRAIN, PATH=path, T=str(tmp_path))
-  assert re.findall(r"did (\w+)", done.stdout) == verbs.split()
-  assert done.returncode == code, done.stderr
-
-
-@pytest.mark.parametrize("answer", ["NOT_FOUND: no such node", "no project is set"])
-def test_tpu_run_ends_when_no_slice_can_be_created(tmp_path, answer):
-  gcloud = f'[[ $4 == describe ]] && echo "{answer}" >&2 || echo "did $4"; exit 1'
-  path = fake_programs(tmp_path / "bin", gcloud=gcloud, sleep='echo "did sleep"')
-  done = launch("tpu_vm.sh", "run", *TPU, *BUCKET, *TRAIN, PATH=path)
-  assert done.returncode == 2
-  assert re.findall(r"did (create|sleep)", done.stdout) == ["create", "sleep"] * 4 + ["create"]
-  assert done.stderr.count("NOT_FOUND") == 0
-  assert done.stderr.count("no project is set") == (5 if answer == "no project is set" else 0)
-  assert "creating 'pod' failed 5 times in a row" in done.stderr.splitlines()[-1]
-
-
-def test_tpu_run_waits_for_room_when_its_slice_was_preempted(tmp_path):
-  gcloud = (
-    'left() { [[ -s $T/$1 ]] && sed -i 1d "$T/$1"; }\necho "did $4" >&2\ncase $4 in\n'
-    'describe) left ready && echo READY || echo NOT_FOUND >&2 ;;\n'
-    'create) left full && exit 1; printf "1\\n1\\n1\\n" > "$T/ready" ;;\n'
-    'ssh) left broken && exit 255; exit 0 ;;\nesac'
-  )
-  for name, times in (("ready", 1), ("broken", 1), ("full", 8)):
-    (tmp_path / name).write_text("1\n" * times)
-  path = fake_programs(tmp_path / "bin", gcloud=gcloud, sleep="", git="", mkdir="")
-  done = launch("tpu_vm.sh", "run", *TPU, *BUCKET, *TRAIN, PATH=path, T=str(tmp_path))
-  assert done.returncode == 0, done.stderr
-  assert done.stderr.count("did create") == 9 and "failure 8 in a row" in done.stderr
-
-
-def test_tpu_run_takes_a_slice_that_it_did_not_see_for_a_moment(tmp_path):
-  gcloud = (
-    'case $4 in\ndescribe) [[ -e $T/tried ]] && echo READY ;;\n'
-    'create) touch "$T/tried"; echo ALREADY_EXISTS >&2; exit 1 ;;\n*) echo "did $4" ;;\nesac'
-  )
-  path = fake_programs(tmp_path / "bin", gcloud=gcloud, sleep="", git="", mkdir="")
-  done = launch("tpu_vm.sh", "run", *TPU, *BUCKET, *TRAIN, PATH=path, T=str(tmp_path))
-  assert (done.returncode, done.stdout) == (0, "did scp\ndid ssh\ndid ssh\n"), done.stderr
-  assert "ALREADY_EXISTS" in done.stderr and "failure 1 in a row" in done.stderr
-
-
 def test_jobset_runs_one_pod_per_host_and_does_not_count_preemptions():
   out = dry_run("gke.sh", "apply", "--dry-run", *GKE, *TRAIN, "--set", 'a="&\\')
   command, text = out.split("\n", 1)
@@ -384,6 +249,7 @@ def test_jobset_runs_one_pod_per_host_and_does_not_count_preemptions():
   assert container["args"] == [*TRAIN, "--set", 'a="&\\']
   assert container["resources"]["limits"] == {"google.com/tpu": 4}
   assert {"name": "SPO_DISTRIBUTED", "value": "auto"} in container["env"]
+  assert {"name": "JAX_COMPILATION_CACHE_DIR", "value": "/runs/.jax_cache"} in container["env"]
   assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "runs"
 
 
