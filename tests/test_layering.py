@@ -32,7 +32,6 @@ LEVEL = {room: level for level, rooms in LEVELS.items() for room in rooms.split(
 
 MAX_LINES = 450
 LONG_FILES = {  # path: why it may be longer
-  "tests/test_launch.py": "every script, and every refusal of each",
   "tests/test_evaluate.py": "every refusal, kill moment and source of one command line",
   "tests/test_advantages.py": "numpy twins, hand numbers and exact values of every estimator",
   "tests/test_losses.py": "the same for every loss",

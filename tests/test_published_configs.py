@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import jax
 import pytest
 from runs import metrics, summary
 
-from spo_jax import hf, model, sft, train
-from spo_jax.config import ModelConfig, load
+from spo_jax import evaluate, hf, model, sft, train
+from spo_jax.config import ModelConfig, config_at, load, to_yaml
 from spo_jax.tokenizer import bpe_tokenizer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -137,3 +138,25 @@ def test_a_published_run_says_its_command_its_hardware_and_its_result(path):
   program = "train" if path in TRAINED else "sft"
   assert f"python -m spo_jax.{program} --config configs/{path.name}" in text
   assert "# Hardware: " in text and "# Published" in text
+
+
+@pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.stem)
+def test_a_published_run_is_evaluated_as_it_was_trained(tmp_path, path):
+  """The command of the header asks with the prompt, the lengths and the stops of the run."""
+  config = load(path)
+  (tmp_path / "config.yaml").write_text(to_yaml(config))
+  (tmp_path / "checkpoints" / "best" / "7").mkdir(parents=True)
+  header = re.sub(r"\\?\n#", " ", path.read_text())
+  command = re.search(r"python -m spo_jax\.evaluate (.*?)  ", header.replace("\n", "  "))[1]
+  options = evaluate._parser().parse_args(command.replace("RUN_DIR", str(tmp_path)).split())
+  asked = evaluate.configure(options, evaluate.find_source(options.model, options.checkpoint))
+  last = config_at(config, config.train.iterations)
+  for section, names in {
+    "task": ("name", "path", "prompt"), "model": ("path", "compute_dtype"),
+    "rollout": ("max_prompt_tokens", "max_response_tokens", "stop"),
+  }.items():  # fmt: skip
+    for name in names:
+      assert getattr(getattr(asked, section), name) == getattr(getattr(last, section), name), name
+  sampled = config.task.name == "gsm8k" or "deepseek" in path.stem
+  figures = (asked.rollout.samples, asked.eval.temperature, asked.eval.top_p)
+  assert figures == ((16, 0.35, 0.9) if sampled else (1, 0, 1))

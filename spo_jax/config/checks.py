@@ -180,6 +180,10 @@ def _validate_ranges(config: Config) -> None:
     for key in (f"{section}.b1", f"{section}.b2"):
       if not 0 <= get(config, key) < 1:
         raise ConfigError(f"{key}={get(config, key)} is outside [0, 1). Set e.g. 0.9.")
-  for key in ("rollout.top_p", "eval.top_p", "spo.threshold", "sft.target_accuracy"):
+  for key, fix in (
+    ("rollout.top_p", "1 to switch it off"), ("eval.top_p", "1 to switch it off"),
+    ("spo.threshold", "e.g. 0.9; train.probability_mask=false trains on all tokens"),
+    ("sft.target_accuracy", "1 to train for sft.max_steps"),
+  ):  # fmt: skip
     if not 0 < get(config, key) <= 1:
-      raise ConfigError(f"{key}={get(config, key)} is outside (0, 1]. Set 1 to switch it off.")
+      raise ConfigError(f"{key}={get(config, key)} is outside (0, 1]. Set {fix}.")
