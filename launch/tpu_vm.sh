@@ -39,7 +39,11 @@ on_all_workers() {
 
 # need_committed [FILE]: dies where the workers, which get the commit, would run something else.
 need_committed() {
-  local changed
+  local changed file
+  for file; do
+    git ls-files --error-unmatch -- "$file" &>/dev/null ||
+      die "--config '$file' is not in git, so the workers would not get it: commit it first"
+  done
   changed=$(git status --porcelain -- spo_jax configs launch pyproject.toml requirements.txt "$@")
   [[ -z $changed ]] ||
     die "not committed, so the workers would not get it: ${changed//$'\n'/, }; commit it first"
@@ -54,8 +58,13 @@ setup() {
     run git archive --format=tar.gz -o "$archive" "$commit" &&
     run "${tpu[@]}" scp "$archive" "${option[name]}:spo_jax.tar.gz" --zone "${option[zone]}" \
       --worker=all &&
-    on_all_workers 'set -e; mkdir -p spo_jax; tar -xzf spo_jax.tar.gz -C spo_jax; cd spo_jax
-command -v gcsfuse >/dev/null || sudo apt-get install -qy gcsfuse ||
+    on_all_workers 'set -e; lock=$HOME/.spo_jax/lock
+if [ -e $lock ] && ! flock -n $lock true; then
+  echo "a trainer is running on $HOSTNAME: its code stays as it is"; exit
+fi
+mkdir -p spo_jax; tar -xzf spo_jax.tar.gz -C spo_jax; cd spo_jax
+apt="sudo apt-get -o DPkg::Lock::Timeout=600 -qy"
+command -v gcsfuse >/dev/null || { $apt update && $apt install gcsfuse; } ||
   { echo "gcsfuse is missing and apt-get cannot install it: see docs/launch.md" >&2; exit 1; }
 python3 -m pip install -q --user uv
 [ -d .venv ] || $HOME/.local/bin/uv venv -q --python 3.12 .venv

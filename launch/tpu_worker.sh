@@ -39,20 +39,28 @@ follow() {
 
 # Called with the lock, which is file 9: the trainer's keeper takes it over, and nobody else.
 start() {
-  local shown
+  local shown mounted
   rm -f "$state/pid" "$state/code"
   mkdir -p "$runs"
-  mountpoint -q "$runs" || "${mount[@]}" 9>&-
+  if mountpoint -q "$runs"; then
+    mounted=$(cat "$state/bucket" 2>/dev/null || echo another)
+    [[ $mounted == "$bucket" ]] ||
+      die "$runs is bucket '$mounted', not '$bucket': fusermount -u it, or delete the slice"
+  else
+    "${mount[@]}" 9>&-
+    echo "$bucket" >"$state/bucket"
+  fi
   [[ ! -e $run_dir/config.yaml ]] || trainer+=(--resume)
   echo "$job" >"$state/job"
   shown=$(wc -c <"$log")
-  # The keeper waits for the exit code, and leaves SIGTERM to the trainer.
+  # The keeper waits for the exit code, leaves SIGTERM to the trainer, and takes it along when it
+  # is killed itself: the lock says whether there is one.
   # shellcheck disable=SC2016
   setsid nohup bash -c '
     state=$1 code=0
     shift
     trap : TERM
-    (echo "$BASHPID" >"$state/pid"; exec "$@" 9>&-) || code=$?
+    (echo "$BASHPID" >"$state/pid"; exec setpriv --pdeathsig KILL "$@" 9>&-) || code=$?
     echo "$code" >"$state/code"
   ' spo_jax "$state" "${trainer[@]}" </dev/null >>"$log" 2>&1 &
   exec 9>&-
@@ -76,11 +84,11 @@ case ${1-} in
 esac
 [[ $# -ge 2 && $1 != -* ]] || die "BUCKET and RUN are missing; launch/tpu_vm.sh calls this"
 
-job=$(quoted "$@")
+job=$(quoted "$@") bucket=$1
 run_dir=$runs/$2
 # orbax renames folders, which gcsfuse refuses by default in a bucket without hierarchical
 # namespace.
-mount=(gcsfuse --implicit-dirs --rename-dir-limit=200000 "$1" "$runs")
+mount=(gcsfuse --implicit-dirs --rename-dir-limit=200000 "$bucket" "$runs")
 # Compiled programs lie in the bucket too, for the next slice.
 trainer=(
   env SPO_DISTRIBUTED=auto "JAX_PLATFORMS=tpu,cpu" "JAX_COMPILATION_CACHE_DIR=$runs/.jax_cache"

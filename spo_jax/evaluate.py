@@ -88,9 +88,10 @@ def configure(options: argparse.Namespace, source: Source) -> Config:
   for name in Preset._fields[4:] if source.run is not None else ():
     chosen.pop(name, None)
   chosen |= {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
-  # What only training looks at is neither checked nor in the way.
+  # What only training looks at is neither checked nor in the way: penalties shape its rewards.
   changes = ["algorithm=chain", "schedule=[]", "sft.max_steps=0", "eval.validation_problems=0",
-             "train.pack_tokens=0", "rollout.samples=1"]  # fmt: skip
+             "train.pack_tokens=0", "task.unfinished_penalty=0", "task.repeat_penalty=0",
+             "rollout.samples=1"]  # fmt: skip
   run = source.run
   if run is None:
     changes.append(f"model.path={json.dumps(source.model, ensure_ascii=False)}")
@@ -191,6 +192,7 @@ def _open_output(evaluation: Evaluation) -> IO[str] | None:
   try:
     output.mkdir(parents=True, exist_ok=True)
     lock = runlog.locked(output / "lock")
+    _check_output(evaluation)  # again: another evaluation may have come and gone
     runlog.write_atomic(output / SETTINGS, json.dumps(evaluation.settings, indent=2) + "\n")
   except OSError as error:
     raise ValueError(f"--output {output}: {error.strerror}. Name another folder.") from error

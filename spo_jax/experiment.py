@@ -122,12 +122,12 @@ class Experiment:
     return [problem for problem, kept in zip(problems, fits, strict=True) if kept]
 
   def _fitting(
-    self, problems: Sequence[Problem], order: np.ndarray, demonstrated: bool = False
+    self, what: str, problems: Sequence[Problem], order: np.ndarray, demonstrated: bool = False
   ) -> list[Problem]:
     """The problems at these indices.
 
-    An endless split cannot be looked through beforehand. One of its problems that does not fit is
-    counted, and the next that does stands in for it.
+    An endless split cannot be looked through beforehand: for one of its problems that does not fit
+    another stands in, from far behind so that none comes twice. They are counted the first time.
     """
     chosen = [problems[int(i)] for i in order]
     if len(problems) <= _LISTED:
@@ -135,34 +135,34 @@ class Experiment:
     limit, room = (
       self.config.rollout.max_prompt_tokens, self.config.rollout.max_response_tokens
     )  # fmt: skip
-    open_rows = np.arange(len(chosen))
+    open_rows, stride = np.arange(len(chosen)), len(problems) // _CHECKED
     for step in range(1, _CHECKED):
       asked = [chosen[i] for i in open_rows]
       fits = np.array([len(ids) <= limit for ids in self._prompt_ids(asked)], bool)
       if demonstrated:
         fits &= [0 < len(ids) < room for ids in self._demonstration_ids(asked)]
       open_rows = open_rows[~fits]
+      if step == 1:
+        where = f"of the first {len(chosen)} {what}, which do not fit; others stand in for them"
+        self.left_out.setdefault(where, len(open_rows))
+      for i in open_rows:
+        chosen[i] = problems[(int(order[i]) + step * stride) % len(problems)]
       if not len(open_rows):
         break
-      if step == 1:
-        what = "generated problems that are too long, others in their places"
-        self.left_out[what] = self.left_out.get(what, 0) + len(open_rows)
-      for i in open_rows:
-        chosen[i] = problems[(int(order[i]) + step) % len(problems)]
     return chosen
 
   def questions(self, cursor: int, count: int) -> Prompts:
     """The training questions at positions cursor .. cursor + count - 1 of the seeded order."""
     problems = self.split("train")
     order = question_order(len(problems), self.config.seed, cursor, count)
-    return self._prompts(self._fitting(problems, order))
+    return self._prompts(self._fitting("questions", problems, order))
 
   def held_out(self, split: str, count: int) -> Prompts:
     """The first `count` problems of a split, the same at every evaluation."""
     if (split, count) not in self._held_out:
       problems = self.split(split)
       order = np.arange(min(count, len(problems)))
-      rows = self._fitting(problems, order)
+      rows = self._fitting(f"{split} questions", problems, order)
       self._held_out[split, count] = self._prompts(rows)
     return self._held_out[split, count]
 
@@ -178,7 +178,7 @@ class Experiment:
     order = question_order(
       len(problems), self.config.seed + int(Purpose.DEMONSTRATE), cursor, count
     )
-    rows = self._fitting(problems, order[own], demonstrated=True)
+    rows = self._fitting("demonstrations", problems, order[own], demonstrated=True)
     questions = self._prompts(rows, are_shared=False)
     end = self.engine.sampling.end_ids[0]
     responses = [[*ids, end] for ids in self._demonstration_ids(questions.problems)]
@@ -359,5 +359,5 @@ def _check_lengths(experiment: Experiment) -> None:
     wanted = max(config.sft.check_problems, config.eval.validation_problems)
     experiment.held_out("validation", min(wanted, _CHECKED))
   if config.sft.max_steps:
-    count = -(-_CHECKED // jax.process_count()) * jax.process_count()  # none checks nothing
+    count = -(-_CHECKED // jax.process_count()) * jax.process_count()  # all have some
     in_shares(count, lambda share: experiment.demonstrations(0, count, share))

@@ -170,7 +170,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def assert_renames(folder: Path) -> None:
   """Checkpoints become complete when their folder is renamed, which mounts of buckets may refuse.
 
-  Raises: ConfigError where this one does.
+  Raises: ConfigError where that of this folder does.
   """
   probe = Path(tempfile.mkdtemp(prefix=".probe-", dir=folder))  # each process has one
   try:

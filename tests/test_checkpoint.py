@@ -117,6 +117,7 @@ def test_a_directory_without_checkpoints_has_no_latest(tmp_path):
 # and then the checkpoint as a whole, twice. JAX has started no thread when they are forked.
 KILLED = """
 import os, sys
+ATOMICITY = "orbax.checkpoint.path.atomicity"
 from pathlib import Path
 from runs import Stop
 from spo_jax.checkpoint import Checkpoints
@@ -127,7 +128,7 @@ for call in range(1, 6):
   if not child:
     with Checkpoints(Path(sys.argv[1]) / str(call), keep=1) as checkpoints:
       checkpoints.save(1, trained(1), {"n": 1}, edges(3))
-    Stop("orbax.checkpoint.path.atomicity.AtomicRenameTemporaryPath.finalize", min(call, 4)).install()
+    Stop(f"{ATOMICITY}.AtomicRenameTemporaryPath.finalize", min(call, 4)).install()
     with Checkpoints(Path(sys.argv[1]) / str(call), keep=1) as checkpoints:
       checkpoints.save(2, trained(2), {"n": 2}, edges(4))
     os._exit(0)

@@ -545,7 +545,7 @@ def test_the_best_checkpoint_is_what_the_run_exported(run, train, config, tmp_pa
   exported = ["--model", run_dir / "model", "--task", "arithmetic", *lengths]
   best = tmp_path / "best"
   assert run("--model", run_dir, "--checkpoint", "best", *options, "--output", best)[0] == 0
-  operations = ["--set", "task.operations=2", "task.unfinished_penalty=1"]
+  operations = ["--set", "task.operations=2"]
   assert run(*exported, *options, *operations, "--output", tmp_path / "model")[0] == 0
   assert records(best) == records(tmp_path / "model")
   step = json.loads((run_dir / "summary.json").read_text())["best"]["iteration"]
@@ -565,7 +565,7 @@ def test_a_run_brings_its_task_and_lengths_and_nothing_that_only_training_wants(
 algorithm: tree
 schedule: ["3: rollout.max_response_tokens=90"]
 model: {path: owner/name}
-task: {name: gsm8k, path: mine.jsonl, prompt: boxed}
+task: {name: gsm8k, path: mine.jsonl, prompt: boxed, repeat_penalty: 2, unfinished_penalty: 1}
 rollout: {samples: 5, rows: 6, max_response_tokens: 80}
 spo: {branch_factors: [2, 3], segment_tokens: 70}
 train: {iterations: 3, pack_tokens: 700}
@@ -578,6 +578,7 @@ eval: {validation_problems: 4, temperature: 0.7}
   assert (config.sft.max_steps, config.eval.validation_problems) == (0, 0)
   assert (config.rollout.samples, config.eval.temperature) == (2, 0.7)
   assert (config.task.path, config.task.prompt) == ("mine.jsonl", "boxed")
+  assert (config.task.repeat_penalty, config.task.unfinished_penalty) == (0, 0)
   longer = evaluate.configure(parsed("--max-response-tokens", "900"), source)
   assert longer.rollout.max_response_tokens == 900
   other = evaluate.configure(parsed("--task", "math"), source)

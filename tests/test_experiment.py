@@ -43,7 +43,7 @@ def generated(tmp_path_factory):
     "task.name=countdown", "task.prompt=plain", "task.numbers=3", "task.largest=999",
     "model.tokenizer_tokens=290", "rollout.max_prompt_tokens=60", "rollout.max_response_tokens=120",
   ]))  # fmt: skip
-  assert len(made.split("train")) > experiment._LISTED and made.left_out == {}
+  assert len(made.split("train")) > experiment._LISTED and not any(made.left_out.values())
 
   def make(prompt: int, response: int):
     rollout = dataclasses.replace(
@@ -64,9 +64,17 @@ def test_another_stands_in_for_a_generated_question_that_is_too_long(generated):
   assert 0 < fits.sum() < 64 and taken.lengths.max() < longest
   same = [new == old for new, old in zip(taken.problems, whole.problems)]
   assert same == fits.tolist()
-  assert list(shorter.left_out.values()) == [64 - fits.sum()]
-  assert generated(longest - 1, 120).questions(0, 64).problems == taken.problems
-  assert shorter.held_out("test", 64).lengths.max() < longest
+  counted = dict(shorter.left_out)
+  assert list(counted.values()) == [64 - fits.sum()]
+  assert shorter.questions(0, 64).problems == taken.problems and shorter.left_out == counted
+
+
+@pytest.mark.parametrize("shorter", [1, 3])
+def test_no_held_out_question_is_asked_twice_where_some_do_not_fit(generated, shorter):
+  whole = generated(60, 120).held_out("test", 64)
+  asked = generated(int(whole.lengths.max()) - shorter, 120).held_out("test", 64)
+  assert asked.lengths.max() <= whole.lengths.max() - shorter
+  assert len(set(asked.question.tolist())) == len(set(whole.question.tolist())) == 64
 
 
 def test_another_stands_in_for_a_generated_demonstration_that_is_too_long(generated):

@@ -125,6 +125,7 @@ def test_rotary_parameters_have_the_defaults_of_transformers(tmp_path, rope, exp
   ({**LLAMA, "partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
   ({**LLAMA, "rope_parameters": {"partial_rotary_factor": 0.25}}, ["partial_rotary_factor=0.25"]),
   ({**LLAMA, "hidden_act": "gelu"}, ["hidden_act='gelu'", "silu"]),
+  ({**LLAMA, "is_causal": False}, ["is_causal=false"]),
   ({**LLAMA, "quantization_config": {"quant_method": "awq"}}, ["quantization_config", "bfloat16"]),
   ({k: v for k, v in LLAMA.items() if k != "vocab_size"}, ["lacks vocab_size"]),
   ({k: v for k, v in QWEN2.items() if k != "num_key_value_heads"}, ["lacks num_key_value_heads"]),
@@ -174,8 +175,13 @@ def test_end_ids_are_those_of_the_folder_and_the_tokenizer(tmp_path, stored, own
   if own is None:
     text.eos_token = None
   if stored is not None:
-    (tmp_path / "generation_config.json").write_text(json.dumps(stored))
-  assert hf.end_ids(tmp_path, text) == expected
+    # Where that file is missing transformers reads the other one.
+    for name in ("config.json", "generation_config.json"):
+      (tmp_path / name).write_text(json.dumps(stored))
+      assert hf.end_ids(tmp_path, text) == expected
+      (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 9}))
+  else:
+    assert hf.end_ids(tmp_path, text) == expected
 
 
 @pytest.mark.parametrize("stored", [{}, {"eos_token_id": "</s>"}, {"eos_token_id": [1, -2]}])

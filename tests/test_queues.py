@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from types import SimpleNamespace
 
 import jax
@@ -140,6 +141,7 @@ def test_the_pieces_of_one_part_are_gone_when_the_next_one_samples(monkeypatch):
 
   def watched(engine, params, stores, *args):
     if len(stores) == 1:  # prompts alone: responses begin
+      gc.collect()
       held.append(sum(x.nbytes for x in jax.live_arrays() if x.ndim == 4))
     return grow(engine, params, stores, *args)
 

@@ -157,6 +157,12 @@ def test_a_single_file_is_the_split_that_its_name_says(tmp_path):
     task(tmp_path / "mine.jsonl").split("tests")
 
 
+def test_one_question_many_times_leaves_nothing_to_train_on(tmp_path):
+  write(tmp_path / "train.jsonl", [row(1)] * 3)
+  with pytest.raises(ValueError, match="has one question, 3 times"):
+    task(tmp_path).split("train")
+
+
 def test_one_row_leaves_nothing_to_hold_out(tmp_path):
   write(tmp_path / "train.jsonl", [row(1)])
   with pytest.raises(ValueError, match="has one usable row"):

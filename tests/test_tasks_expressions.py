@@ -1,5 +1,6 @@
 """Game of 24 and countdown: exact expressions, questions, and worked answers."""
 
+import dataclasses
 import itertools
 import re
 from fractions import Fraction
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from spo_jax.config import TaskConfig
 from spo_jax.tasks import SPLITS, Grade, load_task
 from spo_jax.tasks.expressions import evaluate, expression_of
+from spo_jax.tasks.generated import split_of
 from spo_jax.tasks.solutions import Solver, worked, write
 
 
@@ -77,6 +79,10 @@ def test_written_expressions_are_read_back_exactly(tree):
     ("2-3-4", -5),
     ("24/4/3", 2),
     ("1000000*2/3", Fraction(2000000, 3)),
+    ("(8-4)(7-1)", 24),
+    ("2(3)", 6),
+    ("[8-4] * [7-1]", 24),
+    (r"\((8-4)*(7-1)\)", 24),
   ],
 )
 def test_expressions_that_are_understood(text, value):
@@ -86,9 +92,9 @@ def test_expressions_that_are_understood(text, value):
 @pytest.mark.parametrize(
   "text",
   [
-    "", " ", "()", "1+", "+1", "1 2", "1  2", "1\n2", "(1", "1)", "2(3)", "(2)(3)", "2**3", "2^3",
+    "", " ", "()", "1+", "+1", "1 2", "1  2", "1\n2", "(1", "1)", "(2)3", "2**3", "2^3",
     "2//3", "1e3", "1.5", "1_0", "0x1", "x", "2x", "3!", "5%2", "--1", "1/0", "1/(2-2)",
-    r"\frac{1}{0}", r"\frac12", r"\frac{1}", r"\sqrt{4}", "{1}", "[1]", "1,2", "1;2", "٣",
+    r"\frac{1}{0}", r"\frac12", r"\frac{1}", r"\sqrt{4}", "{1}", "[1", "1,2", "1;2", "٣",
     "３", "½", "2²", "1\0", "\ud800", "9**9**9", "__import__('os')", "1 if 1 else 2", "9" * 10,
     "(" * 31 + "1" + ")" * 31, "1+" * 16 + "1", "1" + "+0" * 150,
   ],
@@ -204,6 +210,15 @@ def test_countdown_questions_are_solved_by_their_demonstrations(numbers, largest
     assert task.grade(problem, problem.demonstration, finished=True) == Grade(1.0, expression)
 
 
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_countdown_splits_share_no_question_in_another_order(split):
+  for problem in countdown(numbers=3, largest=50).split(split)[:50]:
+    for numbers in itertools.permutations(problem.numbers):
+      prompt = f"Numbers: {' '.join(map(str, numbers))}. Target: {problem.answer}."
+      same = dataclasses.replace(problem, numbers=numbers, prompt=prompt)
+      assert split_of(same) == split
+
+
 def test_countdown_splits_share_no_question_and_depend_on_seed_and_index():
   texts = {
     split: {problem.prompt for seed in range(2)
@@ -218,7 +233,7 @@ def test_countdown_splits_share_no_question_and_depend_on_seed_and_index():
   assert len(train) > 10**9
   assert {op for p in train[:200] for op in "+-*/" if op in p.demonstration} == set("+-*/")
   # Spelled out, because a checkpoint's cursor must mean the same problems in every version.
-  assert train[0].prompt == "Numbers: 5 22 22. Target: 5."
+  assert train[0].prompt == "Numbers: 60 5 86. Target: 21."
 
 
 def test_the_solver_finds_what_exhaustive_search_finds():

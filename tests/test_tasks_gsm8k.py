@@ -73,12 +73,32 @@ def test_only_calculator_notes_are_removed_from_a_demonstration():
     "#### 17. Compute\nIt is \\boxed{18}.",
     "\\boxed{18}\n#### Notes\nNone.",
     "#### Summary\nThe answer is 18.",
+    "#### +18",
+    "#### €18",
+    "#### 1. Cost\n9 x 2\n#### 2. Total\nThe answer is 18.",
+    "The final answer is **18**.\n\n#### 3. Check\nok",
+    "#### 18. That is all",
+    "\\boxed{18 \\text{ km/h}}",
+    "\\boxed{18\\text{ m}^2}",
+    "\\boxed{18\\text{ miles/hour}}",
+    "\\boxed{3 + 15 = 18}",
+    "\\boxed{\\text{Total} = 18}",
+    "\\boxed{\\textbf{18}}",
+    "\\boxed{18^\\circ}",
     "x" * 1_000_000 + "#### 18",
   ],
   ids=lambda text: ascii(text[-30:]),
 )
 def test_right_answers(response):
   assert gsm8k().grade(problem(), response, finished=True) == Grade(1.0, "18")
+
+
+@pytest.mark.parametrize(
+  "response", ["#### -10", "#### −10", "\\boxed{-\\$10}", "\\boxed{x = −10}"]
+)
+def test_negative_answers(response):
+  assert gsm8k().grade(problem("-10"), response, finished=True) == Grade(1.0, "-10")
+  assert gsm8k().grade(problem("10"), response, finished=True).reward == 0.0
 
 
 @pytest.mark.parametrize(
@@ -100,8 +120,10 @@ def test_right_answers(response):
     "#### 1,8",
     "#### 18,00",
     "#### 18e0",
+    "#### 18k",
+    "#### 18 million",
+    "#### 18m^4",
     "#### 18.0.0",
-    "#### +18",
     "#### --18",
     "#### -18",
     "#### 0x12",

@@ -202,3 +202,10 @@ def test_without_math_verify_the_fix_is_named(monkeypatch):
   monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
   with pytest.raises(ValueError, match=r"pip install 'spo_jax\[math\]'"):
     load_task(TaskConfig(name="math"), seed=0)
+
+
+@pytest.mark.parametrize(
+  ("given", "is_right"), [("4210_5", True), ("4210_{5}", True), ("4210_6", False), ("421_5", False)]
+)
+def test_numbers_in_another_base_are_other_numbers(given, is_right):
+  assert quick_verdict("4210_{5}", given) is is_right

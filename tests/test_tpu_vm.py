@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 from launching import (
@@ -37,10 +38,15 @@ def test_tpu_refuses_what_is_not_committed_and_ships_a_commit(tmp_path, command)
   command, more = [command[0], *TPU, *command[1:]], dict(PATH=path, T=str(tmp_path))
   (tmp_path / "changed").write_text(" M configs/a.yaml\n?? spo_jax/b.py\n")
   assert_refused(launch("tpu_vm.sh", *command, **more), " M configs/a.yaml, ?? spo_jax/b.py")
+  if command[0] == "run":
+    unknown = 'case $1 in\nls-files) exit 1 ;;\nesac'
+    elsewhere = fake_programs(tmp_path / "other", gcloud="echo READY", git=unknown)
+    refused = launch("tpu_vm.sh", *command, PATH=elsewhere)
+    assert_refused(refused, f"--config '{TRAIN[1]}' is not in git")
   assert dry_run("tpu_vm.sh", command[0], "--dry-run", *command[1:], **more)
   (tmp_path / "changed").write_text("")
   assert launch("tpu_vm.sh", *command, **more).returncode == 0
-  asked, *_, archive = (tmp_path / "git").read_text().splitlines()
+  *_, asked, _, archive = (tmp_path / "git").read_text().splitlines()
   assert asked.startswith("git status --porcelain -- spo_jax configs launch ")
   assert asked.endswith(TRAIN[1] if command[0] == "run" else "requirements.txt")
   assert archive.startswith("git archive") and archive.endswith(" c0de")
@@ -60,12 +66,14 @@ def test_tpu_setup_installs_gcsfuse_and_the_pinned_requirements(tmp_path, apt):
     capture_output=True, text=True,
   )  # fmt: skip
   log = (tmp_path / "log").read_text().splitlines()
-  assert log[0] == "sudo apt-get install -qy gcsfuse"
+  apt_get = "sudo apt-get -o DPkg::Lock::Timeout=600 -qy"
+  assert log[0] == f"{apt_get} update"
   if apt == "does not":
     assert (done.returncode, log[1:]) == (1, [])
     assert "docs/launch.md" in done.stderr and done.stderr.count("\n") == 1
   else:
     assert done.returncode == 0, done.stderr
+    assert log[1] == f"{apt_get} install gcsfuse"
     assert log[-1].endswith(" --python .venv/bin/python -c requirements.txt -e .[tpu,math]")
 
 
@@ -257,6 +265,26 @@ def test_tpu_worker_counts_a_lost_exit_code_as_1(worker, kill, number, code):
   connection = worker.train()
   kill(int(connection.stdout.readline()), number)
   assert connection.wait(timeout=30) == code
+  # Without its keeper it would go on and nobody knew: it ends too.
+  trainer = (worker.home / ".spo_jax" / "pid").read_text().strip()
+  assert not Path("/proc", trainer).exists() or " Z " in Path("/proc", trainer, "stat").read_text()
+
+
+def test_tpu_worker_does_not_take_another_bucket_for_the_one_asked_for(worker):
+  worker.trainer("exit 0")
+  assert worker.train().wait(timeout=30) == 0
+  other = worker.call(on_worker("train", "--bucket", "other", *BUCKET[2:], *TRAIN))
+  assert other.returncode == 2 and "is bucket 'b', not 'other'" in other.stderr
+
+
+def test_tpu_setup_leaves_the_code_of_a_running_trainer_alone(worker):
+  worker.trainer('trap "exit 143" TERM; echo up; while :; do sleep 0.05; done')
+  connection = worker.train()
+  assert connection.stdout.readline() == "up\n"
+  done = worker.call(on_worker("setup"))  # there is nothing to unpack, so it would fail
+  assert done.returncode == 0 and "its code stays" in done.stdout
+  assert worker.call(on_worker("stop")).returncode == 0
+  assert connection.wait(timeout=30) == 143
 
 
 # codes: of the ssh commands, the first of which installs; states: what `describe` answers.

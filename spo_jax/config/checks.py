@@ -183,7 +183,7 @@ def _validate_ranges(config: Config) -> None:
   for key, fix in (
     ("rollout.top_p", "1 to switch it off"), ("eval.top_p", "1 to switch it off"),
     ("spo.threshold", "e.g. 0.9; train.probability_mask=false trains on all tokens"),
-    ("sft.target_accuracy", "1 to train for sft.max_steps"),
+    ("sft.target_accuracy", "1 to stop only where all are right"),
   ):  # fmt: skip
     if not 0 < get(config, key) <= 1:
       raise ConfigError(f"{key}={get(config, key)} is outside (0, 1]. Set {fix}.")

@@ -90,6 +90,8 @@ def _refuse_unsupported(file: Path, raw: dict[str, Any], config: ModelConfig) ->
       f"{file}: quantization_config={_shown(raw['quantization_config'])} is not supported; "
       "float32, bfloat16 and float16 weights are."
     )
+  if raw.get("is_causal") is False:
+    raise ConfigError(f"{file}: is_causal=false is not supported; tokens see what precedes them.")
   layers = raw.get("layer_types")
   kinds = layers if isinstance(layers, list) else [layers or "full_attention"]
   if other := [kind for kind in kinds if kind != "full_attention"]:
@@ -240,12 +242,15 @@ def export_family(config: ModelConfig) -> str:
 
 
 def end_ids(path_or_name: str | os.PathLike[str], tokenizer: Any) -> tuple[int, ...]:
-  """Ids that end a response: those of generation_config.json, then that of the tokenizer.
+  """Ids that end a response: those of generation_config.json, or of config.json where that file
+  is missing, then that of the tokenizer.
 
   Raises: ConfigError where there are none, or the file does not hold ids.
   """
-  file = find_folder(path_or_name, weights=False) / "generation_config.json"
-  found = read_json(file).get("eos_token_id") if file.exists() else None
+  folder = find_folder(path_or_name, weights=False)
+  files = (folder / name for name in ("generation_config.json", "config.json"))
+  file = next((file for file in files if file.exists()), folder)
+  found = None if file == folder else read_json(file).get("eos_token_id")
   ids = found if isinstance(found, list) else [] if found is None else [found]
   if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in ids):
     raise ConfigError(f"{file}: eos_token_id={_shown(found)} is no id and no list of ids.")

@@ -31,6 +31,11 @@ class Problem:
   demonstration: str | None
   numbers: tuple[int, ...] = ()
 
+  @property
+  def identity(self) -> str:
+    """The same for problems that differ only in the order of their numbers."""
+    return f"{sorted(self.numbers)} {self.answer}" if self.numbers else self.prompt
+
 
 class Grade(NamedTuple):
   """`reward` of a response and the answer that was read from it, None where there was none.

@@ -79,10 +79,13 @@ class Dataset:
       raise ValueError(f"task.path={self._path} has one usable row: of two or more, one is held "
                        "out for validation. Add rows, or a validation.jsonl")  # fmt: skip
     count = min(VALIDATION_ROWS, max(1, len(problems) // 10))
-    hashes = [_hash(problem.prompt) for problem in problems]
-    # By the text alone, so that a question that stands there twice is on one side only.
+    hashes = [_hash(problem.identity) for problem in problems]
+    # By that alone, so that a question that stands there twice is on one side only.
     last = heapq.nsmallest(count, hashes)[-1]
     train = [problem for problem, digest in zip(problems, hashes) if digest > last]
+    if not train:
+      raise ValueError(f"task.path={self._path} has one question, {len(problems)} times, which is "
+                       "held out for validation. Add others, or a validation.jsonl")  # fmt: skip
     return train, [problem for problem, digest in zip(problems, hashes) if digest <= last]
 
   def _usable(self, split: str, rows: Iterable[tuple[str, Any]]) -> list[Problem]:

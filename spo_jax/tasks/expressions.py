@@ -12,7 +12,10 @@ MAX_DEPTH = 30
 MAX_INTEGERS = 16
 
 _REWRITES = (
-  (re.compile(r"\\(?:left|right|displaystyle|,|;|!|quad| )|[ $`]"), ""),
+  (re.compile(r"\\(?:left|right|displaystyle|,|;|!|quad| |\(|\))|[ $`]"), ""),
+  (re.compile(r"\["), "("),
+  (re.compile(r"\]"), ")"),
+  (re.compile(r"(?<=[0-9)])(?=\()"), "*"),  # (8-4)(7-1), as people write a product
   (re.compile(r"\\(?:times|cdot|ast)|[×·∗⋅]"), "*"),
   (re.compile(r"\\div|÷"), "/"),
   (re.compile(r"[−–]"), "-"),
@@ -103,7 +106,8 @@ def _divide(value: Fraction, divisor: Fraction) -> Fraction:
 def evaluate(text: str) -> tuple[Fraction, list[int]]:
   r"""Value and integers of an expression, in the order in which they stand.
 
-  Understands + - * / × ÷ · \times \cdot \div \frac{a}{b}, parentheses and a minus sign.
+  Understands + - * / × ÷ · \times \cdot \div \frac{a}{b}, parentheses and brackets, products
+  without a sign in front of these, and a minus sign.
 
   Raises: ValueError for everything else, and beyond 300 characters, 30 levels or 16 integers.
   """

@@ -43,7 +43,7 @@ class Game24(Task):
       hands = itertools.combinations_with_replacement(range(1, LARGEST + 1), NUMBERS)
       found = (self._problem(uid, numbers) for uid, numbers in enumerate(hands))
       self._problems = [problem for problem in found if problem.demonstration]
-    return [problem for problem in self._problems if split_of(problem.prompt) == name]
+    return [problem for problem in self._problems if split_of(problem) == name]
 
   def judge(self, problem: Problem, response: str) -> Grade:
     return judge_expression(problem, response)

@@ -1,4 +1,4 @@
-"""Splits of problems that are drawn, not read: endless, lazy, and without a text in common."""
+"""Splits of problems that are drawn, not read: endless, lazy, without a problem in common."""
 
 import hashlib
 import operator
@@ -9,15 +9,16 @@ from typing import overload
 from spo_jax.tasks.base import SPLITS, Problem, unknown_name
 
 VIRTUAL_LENGTH = 2**32
-# Sixteenths of all problem texts that belong to each split, in the order of the hash.
+# Sixteenths of all problems that belong to each split, in the order of the hash.
 _SHARES = {"train": 8, "validation": 4, "test": 4}
 _SPLIT_OF_BUCKET = tuple(name for name, share in _SHARES.items() for _ in range(share))
 
 
 class GeneratedSplit(Sequence[Problem]):
-  """Problem i is the first draw of its own stream whose text hashes into this split.
+  """Problem i is the first draw of its own stream whose identity hashes into this split.
 
-  The text alone decides the split, so no two splits share a problem, whatever their seeds.
+  That alone decides the split, so no two splits share a problem, whatever their seeds and the
+  order of its numbers.
 
   Args:
     name: a split.
@@ -47,15 +48,15 @@ class GeneratedSplit(Sequence[Problem]):
     attempt = 0
     while True:
       problem = self._draw(f"{self._seed}/{self._name}/{position}/{attempt}", uid)
-      if split_of(problem.prompt) == self._name:
+      if split_of(problem) == self._name:
         return problem
       attempt += 1
 
 
-def split_of(prompt: str) -> str:
-  """The only split in which this problem text may appear."""
-  bucket = hashlib.blake2b(prompt.encode(), digest_size=1).digest()[0] % len(_SPLIT_OF_BUCKET)
-  return _SPLIT_OF_BUCKET[bucket]
+def split_of(problem: Problem) -> str:
+  """The only split in which this problem may appear."""
+  digest = hashlib.blake2b(problem.identity.encode(), digest_size=1).digest()
+  return _SPLIT_OF_BUCKET[digest[0] % len(_SPLIT_OF_BUCKET)]
 
 
 def draw_words(key: str, count: int) -> tuple[int, ...]:

@@ -17,20 +17,26 @@ CALCULATOR_NOTE = re.compile(r"<<[^<>\n]*>>")
 MAX_LINE_CHARS = 100
 _DIGITS = r"[0-9]{1,30}"
 _NUMBER = re.compile(
-  r"(?P<sign>(?:-\s?)?(?:\$\s?)?|\$\s?-\s?)"
+  r"(?P<sign>(?:[-+−]\s?)?(?:[$€£]\s?)?|[$€£]\s?[-−]\s?)"
   rf"(?:(?P<whole>[0-9]{{1,3}}(?:,[0-9]{{3}}){{1,9}}|{_DIGITS})(?:\.(?P<decimals>{_DIGITS})?)?"
   rf"|\.(?P<only_decimals>{_DIGITS}))"
   # Words may follow, as in "18 dollars."; more digits or an operator would make another number.
-  r"(?P<words>[^0-9+*/^=_\\]*)"
+  r"(?!\s*(?:hundred|thousand|[bmtr]+illion|k\b))"
+  r"(?P<words>(?:[^0-9+*/^=_\\]|(?<=[A-Za-z])/(?=[A-Za-z]))*)"
 )
-_NOISE = re.compile(r"\\[!,; ]|\\(?=[$%])|\\(?:text|mbox|mathrm)(?=\{)|\*\*|[`{}]")
+_NOISE = re.compile(
+  r"\\[!,; ]|\\(?=[$%])|\\(?:text|mbox|mathrm|textbf|mathbf)(?=\{)|\*\*|[`{}]"
+  r"|(?<=[A-Za-z}])\^\{?[23]\}?(?![0-9])|\^\{?\\circ\}?"  # of units: m^2, degrees
+)
+_HEADING = re.compile(r"[0-9]{1,2}[.)]\s+[^\W\d]")
 
 
 class GSM8K(Task):
   """Fields `question` and `answer`, which ends in `#### N`.
 
   A response's answer is the number behind its last `####` or in its last `\\boxed{}`, whichever
-  comes later, else behind its last "answer is". Numbers are compared exactly: 1,080 is 1080.0.
+  comes later, else behind its last "answer is", else one that begins a heading (`#### 2. Total`).
+  Numbers are compared exactly: 1,080 is 1080.0.
   """
 
   name = "gsm8k"
@@ -60,13 +66,17 @@ class GSM8K(Task):
 def answer_of(response: str) -> str | None:
   """The number that a response concludes with, see GSM8K; as `number_of` writes it."""
   tail = response[-TAIL_CHARS:]
-  readers = [(tail.rfind(MARK), line_behind(tail, MARK)), (tail.rfind("\\boxed"), last_boxed(tail))]
+  marked, boxed, said = line_behind(tail, MARK), last_boxed(tail), line_behind_answer_is(tail)
+  # Of an equation, x = 18, a box holds the number last.
+  boxed = boxed and boxed.rpartition("=")[2]
+  texts = [marked, boxed] if tail.rfind(MARK) > tail.rfind("\\boxed") else [boxed, marked]
+  texts.append(said)
   # "####" is also a heading in Markdown, which chat models put in front of their steps.
-  for _, text in sorted(readers, key=lambda reader: reader[0], reverse=True):
-    if text is not None and (number := number_of(text)) is not None:
-      return number
-  line = line_behind_answer_is(tail)
-  return None if line is None else number_of(line)
+  if marked is not None and _HEADING.match(marked):
+    texts.remove(marked)
+    texts.append(marked)
+  numbers = (number_of(text) for text in texts if text is not None)
+  return next((number for number in numbers if number is not None), None)
 
 
 def number_of(line: str) -> str | None:
@@ -83,4 +93,5 @@ def number_of(line: str) -> str | None:
   whole = (match["whole"] or "0").replace(",", "").lstrip("0") or "0"
   decimals = (match["decimals"] or match["only_decimals"] or "").rstrip("0")
   value = f"{whole}.{decimals}" if decimals else whole
-  return f"-{value}" if "-" in match["sign"] and value != "0" else value
+  is_negative = value != "0" and not {"-", "−"}.isdisjoint(match["sign"])
+  return f"-{value}" if is_negative else value
