@@ -181,14 +181,17 @@ def test_one_row_leaves_nothing_to_hold_out(tmp_path):
     ("above", "above/data, which does"),
     ("saved", "write its splits with to_parquet"),
     ("double", "double holds train twice, as train.json and train.jsonl"),
+    ("styles", "of which train_socratic.jsonl is no numbered part"),
   ],
 )
 def test_a_wrong_path_is_an_error_at_once(tmp_path, monkeypatch, path, message):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "notes.txt").write_text("x")
   (tmp_path / "empty").mkdir()
-  for folder in ("double", "above", "above/data", "saved"):
+  for folder in ("double", "styles", "above", "above/data", "saved"):
     (tmp_path / folder).mkdir()
+  for name in ("train", "train_socratic"):
+    write(tmp_path / "styles" / f"{name}.jsonl", [row(1)])
   write(tmp_path / "above" / "data" / "train-00000-of-00001.jsonl", [row(1)])
   (tmp_path / "saved" / "dataset_dict.json").touch()
   for suffix in ("json", "jsonl"):

@@ -20,6 +20,7 @@ MAX_INTEGERS = 8  # of one question
 _NAMED_ROWS = 5  # skipped rows of a task that are kept with their reason
 
 _SPLIT_NAME = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])", re.IGNORECASE)
+_SHARD = re.compile(r"[a-z]+(?:[-_.]?\d+(?:[-_]of[-_]\d+)?)?", re.IGNORECASE)
 _BLANK = object()  # a line without a row
 _ALIASES = {"valid": "validation", "val": "validation", "dev": "validation"}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
@@ -200,6 +201,9 @@ def _find_files(path: str) -> dict[str, _Rows] | None:
       if len({file.suffix for file in found}) > 1:
         raise ValueError(f"task.path={path} holds {split} twice, as {found[0].name} and "
                          f"{found[-1].name}: keep one format")  # fmt: skip
+      if len(found) > 1 and (odd := [file for file in found if not _SHARD.fullmatch(file.stem)]):
+        raise ValueError(f"task.path={path} holds {split} as {found[0].name} and {found[-1].name}, "
+                         f"of which {odd[0].name} is no numbered part: keep one")  # fmt: skip
     return {split: partial(_file_rows, found) for split, found in files.items()}
   if _HUB_NAME.fullmatch(path) and place.suffix not in SUFFIXES and path[0] not in "./~":
     return None
