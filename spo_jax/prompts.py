@@ -20,6 +20,7 @@ from spo_jax.errors import said
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
 
+_DATE = "26 Jul 2024"  # of templates that would say today's; theirs where there is no clock
 _QUESTION = "{question}"
 
 
@@ -95,7 +96,8 @@ def render(tokenizer: PreTrainedTokenizerBase, template: str, question: str) -> 
                      "a chat_template into its tokenizer_config.json.")  # fmt: skip
   try:
     prompt = str(tokenizer.apply_chat_template(
-      [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+      [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True,
+      date_string=_DATE,
     ))  # fmt: skip
   except Exception as error:  # Chat templates are programs of their authors.
     raise ValueError(

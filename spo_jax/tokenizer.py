@@ -97,16 +97,22 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str],
   """Token ids of each text.
 
   Args:
-    add_special_tokens: put the model's beginning-of-text token in front, where it has one. False
-      for text that already holds it, and for text that continues another.
+    add_special_tokens: put the model's beginning-of-text token in front, where it has one, but no
+      end behind. False for text that already holds it, and for text that continues another.
   Raises: ValueError for a character that is not expressible in the vocabulary.
   """
   try:
-    return (tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"]
+    rows = (tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"]
             if len(texts) else [])
   except Exception as error:  # The Rust library raises plain Exception for an unknown token.
     raise ValueError("a prompt holds a character for which the tokenizer has no token: is it the "
                      f"tokenizer of this task? ({error})") from error
+  if add_special_tokens and (end := tokenizer.eos_token):
+    rows = [
+      row[:-1] if row[-1:] == [tokenizer.eos_token_id] and not text.endswith(end) else row
+      for text, row in zip(texts, rows)
+    ]
+  return rows
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int,

@@ -62,6 +62,28 @@ def test_r1_opens_think_once_whether_or_not_the_chat_template_does():
     assert text.count("<think>") == 1
 
 
+def test_no_prompt_depends_on_the_day():
+  # As Llama 3 asks for it.
+  clock = (
+    "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    "Today: {{ date_string }}. "
+  )
+  assert prompts.render(make(clock + CHAT), "boxed", "1?").startswith("Today: 26 Jul 2024. <s>")
+
+
+def test_no_prompt_ends_with_an_end_that_a_tokenizer_puts_there():
+  tokenizer = make()
+  ids = [("<s>", tokenizer.bos_token_id), (tokenizer.eos_token, tokenizer.eos_token_id)]
+  own = tokenizer.backend_tokenizer
+  expected = prompts.token_ids(tokenizer, "plain", ["1+1?", "1" + tokenizer.eos_token])
+  own.post_processor = processors.TemplateProcessing(
+    single=f"<s> $A {tokenizer.eos_token}", special_tokens=ids
+  )
+  whole, ended = prompts.token_ids(tokenizer, "plain", ["1+1?", "1" + tokenizer.eos_token])
+  assert whole == expected[0]
+  assert ended[: len(expected[1])] == expected[1]  # the text itself ends so
+
+
 def test_a_chat_without_a_chat_template_is_one_line_with_both_fixes():
   with pytest.raises(ValueError, match=r"task\.prompt=boxed .*task\.prompt=plain.*chat_template "):
     prompts.render(make(None), "boxed", "1+1?")
