@@ -123,6 +123,10 @@ RIGHT = [
   r"Answer: \boxed{8/(3-8/3)}",
   "Answer: 1\nAnswer: 8/(3-8/3)",
   r"\boxed{1} Answer: 8/(3-8/3)",
+  r"\boxed{24 = 8/(3-8/3)}",
+  r"\boxed{8/(3-8/3) = 8*3 = 24}",
+  "Answer:\n8/(3-8/3)",
+  "\\boxed{8/(3-8/3)}\n\n**Final Answer:** The expression above makes 24.",
 ]
 WRONG = [
   "8/(3-8/3)",
@@ -133,14 +137,14 @@ WRONG = [
   r"\boxed{8+8+8}",
   r"\boxed{8*8/3+3}",
   r"\boxed{8/(3-8/3) = 25}",
-  r"\boxed{24 = 8/(3-8/3)}",
-  r"\boxed{8/(3-8/3) = 24 = 24}",
+  r"\boxed{24 = 24}",
+  r"\boxed{8/(3-8/3) = 24 = 25}",
   r"\boxed{8/(3-8/3)",
   r"\boxed{8/(3-8/3)} \boxed{1}",
   "Answer: 8/(3-8/3)\nAnswer: 1",
   r"Answer: 8/(3-8/3) \boxed{1}",
   "Answer:",
-  "Answer:\n8/(3-8/3)",
+  "Answer:\n",
   r"\boxed{88/33}",
   r"\boxed{8/(3-8/3)+9**9**9}",
 ]

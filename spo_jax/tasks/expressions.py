@@ -3,7 +3,7 @@
 import re
 from fractions import Fraction
 
-from spo_jax.tasks.answers import TAIL_CHARS, last_boxed, line_behind
+from spo_jax.tasks.answers import TAIL_CHARS, last_boxed
 from spo_jax.tasks.base import Grade, Problem
 
 ANSWER_MARK = "Answer:"
@@ -129,30 +129,39 @@ def judge_expression(problem: Problem, response: str) -> Grade:
   """1 where the response's expression uses `problem.numbers`, each once, and is `problem.answer`.
 
   The expression stands behind the last "Answer:" or in the last `\\boxed{}`, whichever comes
-  later. It may end in `= N`, where N has to be right.
+  later and can be read. It may be one side of an equation, or of a chain of them, all of whose
+  sides have to be right.
   """
   extracted = expression_of(response)
   if extracted is None:
     return Grade(0.0, None)
-  expression, equals, claimed = extracted.partition("=")
   try:
-    value, used = evaluate(expression)
-    is_right = value == int(problem.answer) and sorted(used) == sorted(problem.numbers)
-    if equals and is_right:
-      is_right = evaluate(claimed)[0] == value
+    sides = [evaluate(side) for side in extracted.split("=")]
   except ValueError:
-    is_right = False
-  return Grade(float(is_right), extracted)
+    return Grade(0.0, extracted)
+  are_equal = all(value == int(problem.answer) for value, _ in sides)
+  is_used = any(sorted(used) == sorted(problem.numbers) for _, used in sides)
+  return Grade(float(are_equal and is_used), extracted)
 
 
 def expression_of(response: str) -> str | None:
   """The text that a response gives as its expression; None where there is none."""
   tail = response[-TAIL_CHARS:]
-  if tail.rfind(ANSWER_MARK) > tail.rfind("\\boxed"):
-    text = line_behind(tail, ANSWER_MARK)
-  else:
-    text = last_boxed(tail)
-  if text is None or len(text) > MAX_CHARS:
-    return None
+  _, marked, behind = tail.rpartition(ANSWER_MARK)
+  line = behind.lstrip().partition("\n")[0] if marked else None
+  texts = [line, last_boxed(tail)]
+  if tail.rfind(ANSWER_MARK) < tail.rfind("\\boxed"):
+    texts.reverse()
   # Spaces say nothing, except between two numbers.
-  return _SPACE.sub("", " ".join(text.strip(" .*$").split())) or None
+  found = [
+    _SPACE.sub("", " ".join(text.strip(" .*$").split()))
+    for text in texts if text and len(text) <= MAX_CHARS
+  ]  # fmt: skip
+  return next(filter(_is_readable, found), next(filter(None, found), None))
+
+
+def _is_readable(text: str) -> bool:
+  try:
+    return bool([evaluate(side) for side in text.split("=")])
+  except ValueError:
+    return False
