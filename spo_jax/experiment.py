@@ -138,9 +138,11 @@ class Experiment:
     open_rows, stride = np.arange(len(chosen)), len(problems) // _CHECKED
     for step in range(1, _CHECKED):
       asked = [chosen[i] for i in open_rows]
-      fits = np.array([len(ids) <= limit for ids in self._prompt_ids(asked)], bool)
-      if demonstrated:
-        fits &= [0 < len(ids) < room for ids in self._demonstration_ids(asked)]
+      if demonstrated:  # by each process for rows of its own
+        both = zip(self._prompt_ids(asked), self._demonstration_ids(asked))
+        fits = np.array([len(ids) <= limit and 0 < len(own) < room for ids, own in both], bool)
+      else:
+        fits = self._lengths(asked, self._prompt_ids) <= limit
       open_rows = open_rows[~fits]
       if step == 1:
         where = f"of the first {len(chosen)} {what}, which do not fit; others stand in for them"
