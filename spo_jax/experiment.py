@@ -132,9 +132,8 @@ class Experiment:
     chosen = [problems[int(i)] for i in order]
     if len(problems) <= _LISTED:
       return chosen
-    limit, room = (
-      self.config.rollout.max_prompt_tokens, self.config.rollout.max_response_tokens
-    )  # fmt: skip
+    rollout = self.config.rollout
+    limit, room = rollout.max_prompt_tokens, rollout.max_response_tokens
     open_rows, stride = np.arange(len(chosen)), len(problems) // _CHECKED
     for step in range(1, _CHECKED):
       asked = [chosen[i] for i in open_rows]

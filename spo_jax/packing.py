@@ -196,19 +196,16 @@ def optimiser_batches(
   places = np.flatnonzero(np.tile(own, micro_batches))
   for _ in range(epochs if updates else 0):
     for part in np.array_split(rng.permutation(signal), updates):
-      if pack_tokens:
-        packing = pack(select(rows, part), pack_tokens)
-        made, count = packing.make(places), packing.count
+      packing = pack(select(rows, part), pack_tokens) if pack_tokens else None
+      count = packing.count if packing else len(part)
+      used = -(-count // micro_batch)
+      if packing:
+        made = packing.make(places)
       else:
-        count = len(part)
-        used, order = -(-count // micro_batch), np.arange(count)
-        source = np.full(micro_batches * micro_batch, -1)
+        order, source = np.arange(count), np.full(micro_batches * micro_batch, -1)
         source[order % used * micro_batch + order // used if even else order] = part
         made = jax.tree.map(partial(_taken, source[places]), rows)
-      yield (
-        jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), made),
-        -(-count // micro_batch),
-      )
+      yield jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), made), used
 
 
 def _taken(source: np.ndarray, x: np.ndarray) -> np.ndarray:

@@ -66,6 +66,24 @@ def heeding_ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
+@contextlib.contextmanager
+def locked_by_another(folder: Path):
+  """Another process has the lock of a folder until the end, when it is killed."""
+  hold = (
+    "import sys; from pathlib import Path; from spo_jax.runlog import locked; "
+    "lock = locked(Path(sys.argv[1])); print('held', flush=True); input()"
+  )
+  holder = subprocess.Popen(
+    [sys.executable, "-c", hold, folder / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+  )
+  try:
+    assert holder.stdout.readline() == b"held\n"
+    yield
+  finally:
+    holder.kill()
+    holder.wait()
+
+
 @dataclasses.dataclass(frozen=True)
 class Stop:
   """A signal that a run sends itself in front of the n-th call of a function, by its full name.

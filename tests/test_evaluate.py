@@ -24,6 +24,8 @@ from spo_jax.tokenizer import bpe_tokenizer, character_tokenizer
 pytest.register_assert_rewrite("runs")
 pytest_plugins = ["runs"]
 
+from runs import locked_by_another  # noqa: E402
+
 CHARSET = "0123="
 QUESTIONS = 7
 SHAPE = ModelConfig(
@@ -371,18 +373,9 @@ def test_a_finished_evaluation_is_shown_again_without_a_model(run, folder, sampl
 
 
 def test_an_output_folder_has_one_writer(refuse, folder, tmp_path):
-  hold = (
-    "import sys; from pathlib import Path; from spo_jax.runlog import locked; "
-    "lock = locked(Path(sys.argv[1])); print('held', flush=True); input()"
-  )
-  holder = subprocess.Popen(
-    [sys.executable, "-c", hold, tmp_path / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-  )
-  assert holder.stdout.readline() == b"held\n"
-  said = refuse("--model", folder, "--task", "guess", *ROOM, "--output", tmp_path)
+  with locked_by_another(tmp_path):
+    said = refuse("--model", folder, "--task", "guess", *ROOM, "--output", tmp_path)
   assert str(tmp_path) in said and "another process" in said
-  holder.kill()
-  holder.wait()
 
 
 def test_results_of_something_else_are_not_overwritten(refuse, folder, tmp_path):

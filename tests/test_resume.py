@@ -16,7 +16,15 @@ import pytest
 pytest.register_assert_rewrite("runs")
 pytest_plugins = ["runs"]
 
-from runs import VARIANTS, Stop, assert_same_run, heeding_ctrl_c, metrics, summary  # noqa: E402
+from runs import (  # noqa: E402
+  VARIANTS,
+  Stop,
+  assert_same_run,
+  heeding_ctrl_c,
+  locked_by_another,
+  metrics,
+  summary,
+)
 
 from spo_jax.config import ConfigError, load, to_yaml  # noqa: E402
 from spo_jax.train import open_run_dir  # noqa: E402
@@ -301,16 +309,7 @@ def test_a_run_that_has_lost_more_than_it_can_make_again_says_so(train, config, 
 
 def test_a_run_directory_has_one_writer(train, refuse, config, copy):
   """The lock is that of a process, and goes with it."""
-  hold = (
-    "import sys; from spo_jax.runlog import RunLog; log = RunLog(sys.argv[1]); "
-    "print('held', flush=True); input()"
-  )
-  holder = subprocess.Popen(
-    [sys.executable, "-c", hold, copy], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-  )
-  assert holder.stdout.readline() == b"held\n"
-  said = refuse(*command(config, copy, resume=True))
+  with locked_by_another(copy):
+    said = refuse(*command(config, copy, resume=True))
   assert str(copy) in said and "another process" in said
-  holder.kill()
-  holder.wait()
   assert train(*command(config, copy, resume=True)).code == 0

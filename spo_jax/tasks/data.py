@@ -190,13 +190,8 @@ def _find_files(path: str) -> dict[str, _Rows] | None:
       if file.suffix in SUFFIXES and (split := _split_name(file.stem)):
         files.setdefault(split, []).append(file)
     if not files:
-      below = [file.parent for file in sorted(place.glob("*/*"))
-               if file.suffix in SUFFIXES and _split_name(file.stem)]  # fmt: skip
-      fix = f". Name {below[0]}, which does" if below else (
-        ". It was made by save_to_disk: write its splits with to_parquet" * any(
-          (place / name).exists() for name in ("dataset_dict.json", "dataset_info.json")))
       raise ValueError(f"task.path={path} holds no train, validation or test file that ends in "
-                       f"{', '.join(SUFFIXES)}{fix}")  # fmt: skip
+                       f"{', '.join(SUFFIXES)}{_where_else(place)}")  # fmt: skip
     for split, found in files.items():
       if len({file.suffix for file in found}) > 1:
         raise ValueError(f"task.path={path} holds {split} twice, as {found[0].name} and "
@@ -209,6 +204,16 @@ def _find_files(path: str) -> dict[str, _Rows] | None:
     return None
   raise ValueError(f"task.path={path} does not exist: name a file, a folder or a hub dataset "
                    "(owner/name)")  # fmt: skip
+
+
+def _where_else(folder: Path) -> str:
+  """What to do where a folder has no files of splits, as far as it can be told."""
+  for file in sorted(folder.glob("*/*")):
+    if file.suffix in SUFFIXES and _split_name(file.stem):
+      return f". Name {file.parent}, which does"
+  if any((folder / name).exists() for name in ("dataset_dict.json", "dataset_info.json")):
+    return ". It was made by save_to_disk: write its splits with to_parquet"
+  return ""
 
 
 def _file_rows(files: list[Path]) -> Iterator[tuple[str, Any]]:
