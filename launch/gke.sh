@@ -5,7 +5,7 @@
 #
 #   apply    start the run NAME, from launch/gke_jobset.yaml
 #   logs     of all its pods, as they come
-#   delete   the job; its files stay
+#   delete   the job; its files stay. Also before apply, where a job of that name has ended
 #
 # For apply:
 #   --image IMAGE            with spo_jax[tpu,math] installed and configs/ in its working directory
@@ -37,6 +37,7 @@ apply() {
   for word; do
     [[ $word != *[[:cntrl:]]* ]] || die "an argument holds a control character"
     word=${word//[\\]/\\\\}
+    word=${word//\$/\$\$}  # Kubernetes replaces $(NAME), and reads $$ as $
     args+="${args:+, }\"${word//\"/\\\"}\""
   done
   text=$(<launch/gke_jobset.yaml)

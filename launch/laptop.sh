@@ -7,6 +7,8 @@
 #   launch/laptop.sh tree --set seed=1 --set train.iterations=5
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# shellcheck source=launch/lib.sh
+source launch/lib.sh
 
 show=false
 if [[ ${1-} == --dry-run ]]; then
@@ -17,15 +19,17 @@ fi
 method=chain
 case ${1-} in
   chain | tree) method=$1; shift ;;
-  -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 0 ;;
+  -h | --help) usage; exit 0 ;;
   "" | --*) ;;
-  *) echo "$0: '$1' is neither chain nor tree; options of spo_jax.train follow it" >&2; exit 2 ;;
+  *) die "'$1' is neither chain nor tree; options of spo_jax.train follow it" ;;
 esac
 
 config=configs/laptop_$method.yaml
 args=
 if (($#)); then
+  [[ $* != *[[:cntrl:]]* ]] || die "an argument holds a control character"
   args=$(printf '%q ' "$@")
+  args=${args//\$/\$\$}  # make reads $$ as $
 fi
 
 if $show; then

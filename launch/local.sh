@@ -37,6 +37,11 @@ port=$((20000 + RANDOM % 12000))
 while (: <>"/dev/tcp/localhost/$port") 2>/dev/null; do port=$((port + 1)); done
 
 share=$((option[devices] / processes))
+# Those that the caller was given, or the first ones of the machine.
+IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES-$(seq -s, 0 $((option[devices] - 1)))}"
+[[ $platform == cpu ]] || ((${#gpus[@]} >= option[devices])) ||
+  die "--devices ${option[devices]}: CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names" \
+    "${#gpus[@]}"
 
 # command_of INDEX: sets `words`, the environment and command of a process.
 command_of() {
@@ -48,7 +53,7 @@ command_of() {
     local flag="--xla_force_host_platform_device_count=$share"
     words+=("XLA_FLAGS=${XLA_FLAGS:+$XLA_FLAGS }$flag")
   else
-    words+=("CUDA_VISIBLE_DEVICES=$(seq -s, $(($1 * share)) $(($1 * share + share - 1)))")
+    words+=("CUDA_VISIBLE_DEVICES=$(IFS=,; printf '%s' "${gpus[*]:$1 * share:share}")")
   fi
   words+=("${PYTHON:-.venv/bin/python}" -m spo_jax.train "${rest[@]}")
 }

@@ -6,6 +6,7 @@
 #
 #   --nodes N          one process each
 #   --gpus N           of each node
+#   --cpus N, --mem M  of each node, as sbatch has them; many clusters give one core if not asked
 #   --time LIMIT       of one stretch, as sbatch has it (04:00:00)
 #   --partition NAME, --account NAME
 #   --dry-run          print the sbatch command, submit nothing
@@ -17,7 +18,7 @@ cd "$(dirname "$0")/.."
 source launch/lib.sh
 
 option=([time]=04:00:00)
-read_options "nodes gpus time partition account" "" "$@"
+read_options "nodes gpus cpus mem time partition account" "" "$@"
 need_count nodes gpus
 need_config "${rest[@]}"
 [[ -n $(value_of run-dir "${rest[@]}") ]] || die "--run-dir DIR is missing: all nodes must see it"
@@ -28,6 +29,7 @@ fi
 
 run sbatch --job-name=spo_jax "--nodes=${option[nodes]}" --ntasks-per-node=1 \
   "--gpus-per-node=${option[gpus]}" "--time=${option[time]}" \
+  ${option[cpus]:+"--cpus-per-task=${option[cpus]}"} ${option[mem]:+"--mem=${option[mem]}"} \
   ${option[partition]:+"--partition=${option[partition]}"} \
   ${option[account]:+"--account=${option[account]}"} \
   --requeue --signal=TERM@120 --open-mode=append launch/slurm_job.sh "${rest[@]}"

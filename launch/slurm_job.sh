@@ -23,6 +23,8 @@ $DRY_RUN || need_python
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 # Two jobs on one node must not meet; the job's number tells their ports apart.
 coordinator=${hosts%%$'\n'*}:$((20000 + SLURM_JOB_ID % 10000))
+# srun does not take this from sbatch.
+[[ -z ${SLURM_CPUS_PER_TASK-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 # A node knows its number only there, so a shell reads it; exec lets SIGTERM through.
 # shellcheck disable=SC2016
 step=(

@@ -70,7 +70,11 @@ def initialize() -> None:
     if not re.fullmatch(r".+:\d+", coordinator):
       raise ConfigError(f"SPO_COORDINATOR={coordinator} is not host:port, such as 10.0.0.1:8476.")
     print(f"Process {own} of {count} waits for the others at {coordinator}.", file=sys.stderr)
-    jax.distributed.initialize(coordinator, count, own, heartbeat_timeout_seconds=HEARTBEAT_S)
+    jax.distributed.initialize(
+      coordinator, count, own, heartbeat_timeout_seconds=HEARTBEAT_S,
+      # Where JAX sees Slurm or MPI, it would leave this process one GPU of its node.
+      cluster_detection_method="deactivate",
+    )  # fmt: skip
 
 
 def is_main() -> bool:

@@ -82,16 +82,17 @@ def configure(options: argparse.Namespace, source: Source) -> Config:
 
   Raises: ValueError, one line, for options that do not fit together.
   """
+  if not 0 <= options.seed < 2**31:
+    raise ValueError(f"--seed {options.seed} must be from 0 to {2**31 - 1}.")
   if options.preset not in (None, *PRESETS):
     raise ValueError(f"--preset {options.preset} is none of {', '.join(PRESETS)}.")
   chosen = PRESETS[options.preset]._asdict() if options.preset else {}
   for name in Preset._fields[4:] if source.run is not None else ():
     chosen.pop(name, None)
   chosen |= {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
-  # What only training looks at is neither checked nor in the way: penalties shape its rewards.
+  # What only training looks at is neither checked nor in the way.
   changes = ["algorithm=chain", "schedule=[]", "sft.max_steps=0", "eval.validation_problems=0",
-             "train.pack_tokens=0", "task.unfinished_penalty=0", "task.repeat_penalty=0",
-             "rollout.samples=1"]  # fmt: skip
+             "train.pack_tokens=0", "rollout.samples=1"]  # fmt: skip
   run = source.run
   if run is None:
     changes.append(f"model.path={json.dumps(source.model, ensure_ascii=False)}")
@@ -264,7 +265,7 @@ def judge(experiment: Experiment, prompts: Prompts, drawn: Trajectories) -> list
   texts = experiment.decode(drawn.samples)
   finished = drawn.samples.finished.tolist()
   problems = [prompts.problems[i] for i in drawn.prompt]
-  grades = experiment.task.grade_many(problems, texts, finished)
+  grades = experiment.task.grade_many(problems, texts, finished, with_penalties=False)
   rows = zip(problems, texts, grades, finished, drawn.samples.lengths.tolist(), strict=True)
   return [
     {

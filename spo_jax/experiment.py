@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,8 +22,8 @@ from spo_jax import hf, model, prompts, sharding, stops, tokenizer, validation
 from spo_jax.attention import kernel_for
 from spo_jax.config import Config, ConfigError, ModelConfig, check_context, config_at
 from spo_jax.distributed import in_shares
-from spo_jax.layout import behind_prompts, select
-from spo_jax.rollouts import Engine
+from spo_jax.layout import before, behind_prompts, select
+from spo_jax.rollouts import Engine, Grade
 from spo_jax.structs import Prompts, Samples, Sampling
 from spo_jax.tasks import Problem, Task, load_task, question_order
 
@@ -53,6 +54,7 @@ class Experiment:
   tokenizer: Any
   template: str
   engine: Engine
+  count_right: Grade  # rewards without penalties, which shape those of training
   mesh: Mesh
   left_out: dict[str, int] = field(default_factory=dict)
   _splits: dict[str, Sequence[Problem]] = field(default_factory=dict)
@@ -70,6 +72,9 @@ class Experiment:
     config = config_at(self.config, iteration)
     self.engine.response_tokens = config.rollout.max_response_tokens
     return dataclasses.replace(self, config=config)
+
+  def _examiner(self) -> Engine:
+    return dataclasses.replace(self.engine, grade_fn=self.count_right)
 
   def init_params(self) -> model.Params:
     """Float32 parameters to start from, on the mesh: those of model.path, or fresh ones."""
@@ -191,6 +196,7 @@ class Experiment:
       )
     lengths = np.array([len(row) for row in responses], np.int32)
     tokens = np.array([row + [end] * (room - len(row)) for row in responses], np.int32)
+    self._assert_known("demonstration", tokens)
     return behind_prompts(questions, np.arange(len(responses)), tokens, lengths)
 
   def test_accuracies(
@@ -200,7 +206,7 @@ class Experiment:
     questions = self.held_out("test", count)
     settings = self.config.eval
     figures, sampled = validation.accuracies(
-      self.engine, params, questions, settings.temperature, settings.top_p,
+      self._examiner(), params, questions, settings.temperature, settings.top_p,
       self.key(Purpose.EVALUATE),
     )  # fmt: skip
     shown = select(sampled, slice(settings.texts))
@@ -210,7 +216,7 @@ class Experiment:
     """Accuracy on the validation split; greedy at temperature 0."""
     settings = self.config.eval
     responses = validation.respond(
-      self.engine, params, self.held_out("validation", count), temperature, settings.top_p,
+      self._examiner(), params, self.held_out("validation", count), temperature, settings.top_p,
       self.key(Purpose.EVALUATE),
     )  # fmt: skip
     return validation.accuracy(responses)
@@ -230,17 +236,23 @@ class Experiment:
         self.tokenizer, self.template, [p.prompt for p in problems[share]],
         self.config.rollout.max_prompt_tokens,
       )  # fmt: skip
-      # Tokenizers may know more tokens than the model; only their use is a mistake.
-      if (highest := int(tokens.max(initial=0))) >= self.model_config.vocab_size:
-        raise ValueError(
-          f"model.path={self.config.model.path}: a prompt holds token {highest} of its tokenizer, "
-          f"its model has {self.model_config.vocab_size}. Take the tokenizer of this model."
-        )
+      # The tokenizer's padding may be none of the model's tokens.
+      is_prompt = before(lengths, tokens.shape[1])
+      tokens = np.where(is_prompt, tokens, np.int32(self.engine.sampling.pad_id))
+      self._assert_known("prompt", tokens)
       return tokens, lengths
 
     rows = in_shares(len(problems), encode) if are_shared else encode(slice(None))
     uids = np.array([p.uid for p in problems], np.int64)
     return Prompts(*rows, uids, tuple(problems))
+
+  def _assert_known(self, what: str, tokens: np.ndarray) -> None:
+    """Tokenizers may know more tokens than the model; only their use is a mistake."""
+    if (highest := int(tokens.max(initial=0))) >= self.model_config.vocab_size:
+      raise ValueError(
+        f"model.path={self.config.model.path}: a {what} holds token {highest} of its tokenizer, "
+        f"its model has {self.model_config.vocab_size}. Take the tokenizer of this model."
+      )
 
   def _prompt_ids(self, problems: Sequence[Problem]) -> list[list[int]]:
     return prompts.token_ids(self.tokenizer, self.template, [p.prompt for p in problems])
@@ -264,20 +276,30 @@ def build(config: Config, training: bool = True) -> Experiment:
   if config.checkpoint.export:
     hf.export_family(model_config)  # raises now what would be raised after training
   path, rollout = config.model.path, config.rollout
-  ends = hf.end_ids(path, tokens) if path else tokenizer.eos_ids(tokens)
+  named = hf.end_ids(path, tokens) if path else tokenizer.eos_ids(tokens)
+  ends = tuple(token for token in named if token < model_config.vocab_size)
+  if not ends:
+    raise ValueError(
+      f"model.path={path}: responses end with token {named[0]} of its tokenizer, its model has "
+      f"{model_config.vocab_size}. Take the tokenizer of this model."
+    )
 
   def grade(
-    problems: Sequence[Problem], rows: np.ndarray, lengths: np.ndarray, finished: np.ndarray
+    problems: Sequence[Problem],
+    rows: np.ndarray,
+    lengths: np.ndarray,
+    finished: np.ndarray,
+    with_penalties: bool = True,
   ) -> np.ndarray:
     responses = tokenizer.decode_responses(tokens, rows, lengths, ends, rollout.stop)
-    graded = task.grade_many(problems, responses, finished.tolist())
+    graded = task.grade_many(problems, responses, finished.tolist(), with_penalties)
     return np.array([grade.reward for grade in graded], np.float32)
 
   sampling = Sampling(
     temperature=rollout.temperature,
     top_p=rollout.top_p,
     end_ids=ends,
-    pad_id=int(ends[0] if tokens.pad_token_id is None else tokens.pad_token_id),
+    pad_id=ends[0],
     top_k=rollout.top_k,
     truncate=rollout.top_p < 1 or rollout.top_k > 0,
     stop_table=stops.table(tokens, rollout.stop, model_config.vocab_size) if rollout.stop else None,
@@ -292,7 +314,8 @@ def build(config: Config, training: bool = True) -> Experiment:
     model_config, sampling, rollout.rows, rollout.max_response_tokens, grade, rollout_mesh
   )
   template = task.prompt if config.task.prompt == "default" else config.task.prompt
-  experiment = Experiment(config, model_config, task, tokens, template, engine, mesh)
+  count_right = functools.partial(grade, with_penalties=False)
+  experiment = Experiment(config, model_config, task, tokens, template, engine, count_right, mesh)
   if training:
     _check_lengths(experiment)
   return experiment
@@ -302,13 +325,14 @@ def _load_tokenizer(config: Config, task: Task) -> Any:
   """That of model.path; for a new model one of the task's characters, or a BPE of its texts."""
   if config.model.path:
     return tokenizer.load_tokenizer(config.model.path)
-  if task.charset is not None:
-    return tokenizer.character_tokenizer(task.charset)
-  if config.checkpoint.export and hf.export_family(config.model) == "qwen2":
+  has_spaces = task.charset is None or any(map(str.isspace, task.charset))
+  if has_spaces and config.checkpoint.export and hf.export_family(config.model) == "qwen2":
     raise ValueError(
-      f"task.name={config.task.name} trains a tokenizer, and transformers would read it as Qwen2's "
+      f"task.name={config.task.name} makes a tokenizer, and transformers would read it as Qwen2's "
       "in an exported folder. Set model.qkv_bias=false, or checkpoint.export=false."
     )
+  if task.charset is not None:
+    return tokenizer.character_tokenizer(task.charset)
   return tokenizer.bpe_tokenizer(_texts(task.split("train")), config.model.tokenizer_tokens)
 
 

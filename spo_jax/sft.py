@@ -13,8 +13,9 @@ from spo_jax import distributed, train
 
 def main(arguments: Sequence[str] | None = None) -> int:
   return train.main(
-    arguments, "sft", "Train a model on a task's demonstrations.", ["train.iterations=0"]
-  )
+    arguments, "sft", "Train a model on a task's demonstrations.", ["train.iterations=0"],
+    ["sft.max_steps"],
+  )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from spo_jax import __version__, distributed, packing, runlog, sharding
+from spo_jax import __version__, distributed, hf, packing, runlog, sharding
 from spo_jax.algorithms import collect
 from spo_jax.checkpoint import CheckpointError
 from spo_jax.compiles import CompileCount
-from spo_jax.config import Config, ConfigError, changed_keys, load, to_yaml
+from spo_jax.config import Config, ConfigError, changed_keys, get, load, to_yaml
 from spo_jax.experiment import Experiment, Purpose, build
 from spo_jax.model import count_params
 from spo_jax.packs import most_packs
@@ -147,6 +147,8 @@ def open_run_dir(config: Config, config_path: Path, run_dir: Path | None, resume
   try:
     run_dir.mkdir(parents=True, exist_ok=True)
     runlog.assert_renames(run_dir)
+    if config.checkpoint.export:
+      hf.is_replaceable(run_dir / "model")  # raises now what would be raised after training
   except OSError as error:
     raise ConfigError(f"--run-dir {run_dir}: {error.strerror}; name another.") from error
   return run_dir
@@ -198,8 +200,10 @@ def main(
   program: str = "train",
   description: str = "Train a policy with SPO-chain, SPO-tree, GRPO or RLOO.",
   overrides: Sequence[str] = (),
+  positive: Sequence[str] = (),
 ) -> int:
-  """The command line; `overrides` are settings that the program itself stands for."""
+  """The command line; `overrides` are settings that the program itself stands for, `positive`
+  keys without which it has nothing to do."""
   parser = argparse.ArgumentParser(prog=f"python -m spo_jax.{program}", description=description)
   parser.add_argument("--config", type=Path, required=True, help="a YAML file, see configs/")
   parser.add_argument(
@@ -217,6 +221,9 @@ def main(
   try:
     distributed.initialize()
     config = load(options.config, [*options.set, *overrides])
+    for key in positive:
+      if get(config, key) == 0:
+        raise ConfigError(f"{key}=0: there is nothing to do for spo_jax.{program}. Raise it.")
     experiment = build(config)
     if options.dry_run:
       print(to_yaml(config) + "\n" + plan(experiment))
@@ -244,7 +251,7 @@ def main(
       print(f"Stopped; --resume --run-dir {run_dir} continues.", file=sys.stderr)
       is_ctrl_c = isinstance(stop, KeyboardInterrupt)
       return distributed.INTERRUPTED if is_ctrl_c else distributed.PREEMPTED
-    except CheckpointError as error:
+    except (CheckpointError, ConfigError) as error:
       print(f"error: {error}", file=sys.stderr)
       return 1
     except OSError as error:  # a full disk, a mount that went away

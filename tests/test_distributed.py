@@ -58,12 +58,15 @@ def start(processes, config, run_dir, *options, settings=SETTINGS, programs=None
   return start_command(processes, *run, *options, "--set", *settings, programs=programs)
 
 
-def start_command(processes, *command, programs=None):
-  """Starts the processes of one command of spo_jax; `programs` of some stand for the module."""
+def free_port():
   with socket.socket() as free:
     free.bind(("localhost", 0))
-    port = free.getsockname()[1]
-  started = []
+    return free.getsockname()[1]
+
+
+def start_command(processes, *command, programs=None):
+  """Starts the processes of one command of spo_jax; `programs` of some stand for the module."""
+  port, started = free_port(), []
   for i in range(processes):
     names = {
       "SPO_COORDINATOR": f"localhost:{port}", "SPO_PROCESSES": str(processes),
@@ -368,6 +371,19 @@ def test_auto_without_a_cluster_is_refused(monkeypatch):
   monkeypatch.setattr(jax.distributed, "initialize", find_nothing)
   with pytest.raises(ConfigError, match=r"SPO_DISTRIBUTED=auto .* SPO_COORDINATOR"):
     distributed.initialize()
+
+
+def test_a_process_of_a_slurm_job_has_all_gpus_of_its_node():
+  program = (
+    "from jax._src.xla_bridge import CUDA_VISIBLE_DEVICES; from spo_jax import distributed; "
+    "distributed.initialize(); print(CUDA_VISIBLE_DEVICES.value)"
+  )
+  slurm = {"JOB_ID": "1", "STEP_NODELIST": "here", "NTASKS": "1", "PROCID": "0", "LOCALID": "0"}
+  environment = {f"SLURM_{name}": value for name, value in slurm.items()} | {
+    "SPO_COORDINATOR": f"localhost:{free_port()}", "SPO_PROCESSES": "1", "SPO_PROCESS_ID": "0",
+  }  # fmt: skip
+  ((code, out, err),) = finish([popen([sys.executable, "-c", program], environment)])
+  assert (code, out) == (0, "all\n"), err
 
 
 def test_a_process_that_does_not_log_leaves_no_files(tmp_path):

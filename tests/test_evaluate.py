@@ -410,6 +410,8 @@ REFUSED = {
   "no temperature": (["{ok}", "--temperature", "nan"], ["eval.temperature=nan"]),
   "an empty nucleus": (["{ok}", "--top-p", "0"], ["eval.top_p=0"]),
   "a seed in words": (["{ok}", "--seed", "one"], ["--seed", "one"]),
+  "a negative seed": (["{ok}", "--seed", "-1"], ["--seed -1"]),
+  "a seed of 32 bits": (["{ok}", "--seed", "2147483648"], ["--seed 2147483648"]),
   "prompts without room": (["{ok}", "--max-prompt-tokens", "2"], ["rollout.max_prompt_tokens"]),
   "more than the context": (["{ok}", "--max-response-tokens", "61"], ["max_position=64"]),
   "a dtype that is none": (["{ok}", "--dtype", "int8"], ["int8", "bfloat16"]),
@@ -558,7 +560,7 @@ def test_a_run_brings_its_task_and_lengths_and_nothing_that_only_training_wants(
 algorithm: tree
 schedule: ["3: rollout.max_response_tokens=90"]
 model: {path: owner/name}
-task: {name: gsm8k, path: mine.jsonl, prompt: boxed, repeat_penalty: 2, unfinished_penalty: 1}
+task: {name: gsm8k, path: mine.jsonl, prompt: boxed}
 rollout: {samples: 5, rows: 6, max_response_tokens: 80}
 spo: {branch_factors: [2, 3], segment_tokens: 70}
 train: {iterations: 3, pack_tokens: 700}
@@ -571,7 +573,6 @@ eval: {validation_problems: 4, temperature: 0.7}
   assert (config.sft.max_steps, config.eval.validation_problems) == (0, 0)
   assert (config.rollout.samples, config.eval.temperature) == (2, 0.7)
   assert (config.task.path, config.task.prompt) == ("mine.jsonl", "boxed")
-  assert (config.task.repeat_penalty, config.task.unfinished_penalty) == (0, 0)
   longer = evaluate.configure(parsed("--max-response-tokens", "900"), source)
   assert longer.rollout.max_response_tokens == 900
   other = evaluate.configure(parsed("--task", "math"), source)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import tiny
 from runs import CONFIG
 
-from spo_jax import experiment
-from spo_jax.config import ConfigError, load
+from spo_jax import experiment, hf
+from spo_jax.config import ConfigError, TaskConfig, load
 from spo_jax.experiment import build, check_rows
 from spo_jax.sharding import AXES
+from spo_jax.tasks import load_task
+from spo_jax.tokenizer import character_tokenizer
 
 
 def mesh(*sizes):
@@ -88,3 +92,49 @@ def test_another_stands_in_for_a_generated_demonstration_that_is_too_long(genera
 def test_where_no_question_fits_the_room_that_is_needed_is_named(generated):
   with pytest.raises(ValueError, match=r"rollout\.max_prompt_tokens=2 .*Raise it to \d"):
     generated(2, 120).questions(0, 4)
+
+
+def test_accuracies_count_right_answers_whatever_penalties_take_off(monkeypatch, tmp_path):
+  path = tmp_path / "config.yaml"
+  path.write_text(CONFIG)
+  made = build(load(path, ["task.unfinished_penalty=1", "eval.validation_problems=2"]))
+  cut_off = np.array([False])
+  response = made.split("validation")[:1], np.zeros((1, 4), np.int32), np.array([4]), cut_off
+  assert made.engine.grade_fn(*response) == -1
+
+  def flat(engine, params, prompts, samples, key):
+    assert engine.grade_fn(*response) == 0
+    raise StopIteration
+
+  monkeypatch.setattr(experiment.validation.rollouts, "flat", flat)
+  for accuracy in (made.test_accuracies, lambda *args: made.dev_accuracy(*args, 0.0)):
+    with pytest.raises(StopIteration):
+      accuracy(None, 2)
+
+
+@pytest.fixture
+def outgrown(tmp_path):
+  """outgrown(...) -> a folder whose tokenizer was given special tokens that its model lacks."""
+
+  def make(**special):
+    tokenizer = character_tokenizer(load_task(TaskConfig(), seed=0).charset)
+    config = dataclasses.replace(tiny.CONFIG, vocab_size=len(tokenizer), max_position=64)
+    hf.save_pretrained(tmp_path / "m", config, tiny.params(config))
+    tokenizer.add_special_tokens(special)
+    tokenizer.save_pretrained(tmp_path / "m")
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG)
+    return load(path, [f"model.path={tmp_path / 'm'}"])
+
+  return make
+
+
+def test_an_end_that_the_model_cannot_say_is_refused(outgrown):
+  with pytest.raises(ValueError, match=r"end with token 17 .* its model has 17"):
+    build(outgrown(eos_token="</s>"))
+
+
+def test_padding_that_the_model_does_not_know_is_not_fed_to_it(outgrown):
+  made = build(outgrown(pad_token="[PAD]"))
+  assert made.tokenizer.pad_token_id == 17
+  assert made.questions(0, 8).tokens.max() < 17 and made.engine.sampling.pad_id < 17

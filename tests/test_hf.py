@@ -293,6 +293,18 @@ def test_an_export_replaces_an_earlier_one_as_a_whole(tmp_path):
   assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("is_replacing", [False, True])
+def test_what_killed_exports_have_left_is_tidied_up(saved, is_replacing):
+  folder = saved.parent
+  (folder / ".model.new-1").mkdir()
+  (folder / ".model.new-1" / "model.safetensors").write_text("half")
+  if is_replacing:  # killed between its two renames
+    saved.rename(folder / ".model.old-1")
+  hf.save_pretrained(saved, tiny.LLAMA, tiny.params(tiny.LLAMA))
+  assert_bitwise(hf.load_pretrained(saved)[1], tiny.params(tiny.LLAMA))
+  assert [file.name for file in folder.iterdir()] == ["model"]
+
+
 def test_an_export_that_fails_leaves_the_earlier_one(saved):
   class Broken:
     bos_token_id = eos_token_id = pad_token_id = None

@@ -165,6 +165,30 @@ def test_local_dry_run_divides_gpus():
           for line in out[:2]] == ["0,1", "2,3"]  # fmt: skip
 
 
+def test_local_keeps_to_the_gpus_that_it_was_given():
+  command = ["local.sh", "--dry-run", *TRAIN, *RUN_DIR]
+  given = {"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": "6,GPU-a"}
+  lines = dry_run(*command, **given).splitlines()[:2]
+  assert [re.search(r"CUDA_VISIBLE_DEVICES=(\S+)", line)[1] for line in lines] == ["6", "GPU-a"]
+  said = "--devices 2: CUDA_VISIBLE_DEVICES=6 names 1"
+  assert_refused(launch(*command, **given | {"CUDA_VISIBLE_DEVICES": "6"}), said)
+
+
+ODD = "{question} $$x$$ $(RUN) it's #1"
+
+
+def test_laptop_passes_words_through_make_as_they_are(tmp_path):
+  path = fake_programs(tmp_path, python='printf "%s\\0" "$@"')
+  (tmp_path / "launch").symlink_to(LAUNCH)
+  (tmp_path / "Makefile").write_text("train:\n\t@python $(ARGS)\n")
+  done = subprocess.run(
+    ["./laptop.sh", "tree", "--set", ODD], capture_output=True, text=True, timeout=60,
+    env=environment(PATH=path), cwd=tmp_path / "launch",
+  )  # fmt: skip
+  assert done.stdout.split("\0")[:-1] == ["--set", ODD], done.stderr
+  assert_refused(launch("laptop.sh", "--set", "a\nb"), "a control character")
+
+
 def test_slurm_dry_run_asks_for_requeue_and_an_early_sigterm():
   words = shlex.split(dry_run("slurm.sh", "--dry-run", *SLURM, *TRAIN, *RUN_DIR))
   assert words[0] == "sbatch" and words[words.index("launch/slurm_job.sh") + 1 :] == TRAIN + RUN_DIR
@@ -224,7 +248,7 @@ def test_slurm_job_that_is_told_to_stop_waits_for_its_processes(slurm, tmp_path)
 
 
 def test_jobset_runs_one_pod_per_host_and_does_not_count_preemptions():
-  out = dry_run("gke.sh", "apply", "--dry-run", *GKE, *TRAIN, "--set", 'a="&\\')
+  out = dry_run("gke.sh", "apply", "--dry-run", *GKE, *TRAIN, "--set", 'a="&\\', ODD)
   command, text = out.split("\n", 1)
   assert command == "kubectl apply -f - <<'EOF_JOBSET'"
   (job_set,) = yaml.safe_load_all(text.rsplit("\nEOF_JOBSET", 1)[0])
@@ -246,7 +270,7 @@ def test_jobset_runs_one_pod_per_host_and_does_not_count_preemptions():
   assert pod["restartPolicy"] == "Never" and pod["terminationGracePeriodSeconds"] >= 120
   assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x4"
   (container,) = pod["containers"]
-  assert container["args"] == [*TRAIN, "--set", 'a="&\\']
+  assert container["args"] == [*TRAIN, "--set", 'a="&\\', ODD.replace("$", "$$")]
   assert container["resources"]["limits"] == {"google.com/tpu": 4}
   assert {"name": "SPO_DISTRIBUTED", "value": "auto"} in container["env"]
   assert {"name": "JAX_COMPILATION_CACHE_DIR", "value": "/runs/.jax_cache"} in container["env"]

@@ -145,6 +145,14 @@ def test_a_repeated_conclusion_costs_its_penalty_once_and_only_where_it_ended():
   assert task.grade(PROBLEM, "#74#75", finished=False).reward == -0.5
 
 
+def test_penalties_can_be_left_out_where_right_answers_are_counted():
+  task = load_task(TaskConfig(name="gsm8k", unfinished_penalty=0.5, repeat_penalty=2.0), 0)
+  responses, finished = ["#### 7\n#### 75", "#### 75\n#### 7", "#### 75"], [True, True, False]
+  for with_penalties, expected in ((True, [-1.0, -2.0, -0.5]), (False, [1.0, 0.0, 0.0])):
+    grades = task.grade_many([PROBLEM] * 3, responses, finished, with_penalties)
+    assert [grade.reward for grade in grades] == expected
+
+
 def test_many_gradings_are_the_single_ones_in_their_order():
   task = arithmetic(penalty=0.5)
   problems = task.split("train")[:4]

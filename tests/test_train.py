@@ -71,6 +71,15 @@ def test_what_cannot_run_is_said_in_one_line_before_anything_happens(
   assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_in_place_of_the_exported_model_is_named_before_training(refuse, config, tmp_path):
+  mine = tmp_path / "run" / "model" / "mine.txt"
+  mine.parent.mkdir(parents=True)
+  mine.write_text("years of work")
+  said = refuse("--config", config, "--run-dir", tmp_path / "run")
+  assert str(mine.parent) in said and mine.read_text() == "years of work"
+  assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 def test_a_missing_config_file_is_named(refuse, tmp_path):
   assert str(tmp_path / "none.yaml") in refuse("--config", tmp_path / "none.yaml")
 

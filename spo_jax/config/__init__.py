@@ -16,11 +16,12 @@ from spo_jax.config.schema import (
   SFTConfig,
   TaskConfig,
   TrainConfig,
+  get,
 )
 
 __all__ = [
   "Config", "ConfigError", "EvalConfig", "KLConfig", "MeshConfig", "ModelConfig",
   "OptimizerConfig", "RolloutConfig", "RolloutMeshConfig", "RopeScaling", "SFTConfig", "TaskConfig",
-  "TrainConfig", "changed_keys", "check_context", "config_at", "known_keys", "load", "to_yaml",
-  "validate",
+  "TrainConfig", "changed_keys", "check_context", "config_at", "get", "known_keys", "load",
+  "to_yaml", "validate",
 ]  # fmt: skip

@@ -175,7 +175,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-  every: int = 10  # iterations (and warm-start checks)
+  every: int = 10  # iterations; a warm start is saved at each check
   keep: int = 2
   export: bool = True  # write the final (or best) policy as a Hugging Face folder, model/
 

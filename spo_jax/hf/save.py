@@ -51,8 +51,9 @@ def save_pretrained(
     for leaf, _ in tensors.values():
       to_host(leaf)
     return
-  replaces = _replaceable(target)
   target.parent.mkdir(parents=True, exist_ok=True)
+  _tidy(target)
+  replaces = is_replaceable(target)
   unique = uuid.uuid4().hex[:8]
   new, old = (target.with_name(f".{target.name}.{part}-{unique}") for part in ("new", "old"))
   new.mkdir()
@@ -102,7 +103,17 @@ def _named(config: ModelConfig, params: model.Params) -> dict[str, tuple[jax.Arr
   return named
 
 
-def _replaceable(target: Path) -> bool:
+def _tidy(target: Path) -> None:
+  """Removes what killed saves have left, and puts back the folder that one was replacing."""
+  for old in target.parent.glob(f".{target.name}.old-*"):
+    if not target.exists():
+      old.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+  for new in target.parent.glob(f".{target.name}.new-*"):
+    shutil.rmtree(new, ignore_errors=True)
+
+
+def is_replaceable(target: Path) -> bool:
   """Whether there is a folder to replace. Raises: ConfigError where it is not ours."""
   if not target.exists():
     return False

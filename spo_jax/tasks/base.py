@@ -114,15 +114,26 @@ class Task(abc.ABC):
     return self.grade_many([problem], [response], [finished])[0]
 
   def grade_many(
-    self, problems: Sequence[Problem], responses: Sequence[str], finished: Sequence[bool]
+    self,
+    problems: Sequence[Problem],
+    responses: Sequence[str],
+    finished: Sequence[bool],
+    with_penalties: bool = True,
   ) -> list[Grade]:
-    """`grade` of each response, in order; faster for tasks that judge in processes of their own."""
+    """`grade` of each response, in order; faster for tasks that judge in processes of their own.
+
+    Args:
+      with_penalties: False where right answers are counted: then a reward is 1 or 0.
+    """
     ended = [i for i, has_ended in enumerate(finished) if has_ended]
     judged = self.judge_many([problems[i] for i in ended], [responses[i] for i in ended])
-    grades = [Grade(0.0 - self._unfinished_penalty, None)] * len(responses)
+    unfinished, repeat = (
+      (self._unfinished_penalty, self._repeat_penalty) if with_penalties else (0.0, 0.0)
+    )
+    grades = [Grade(0.0 - unfinished, None)] * len(responses)
     for i, (reward, extracted) in zip(ended, judged, strict=True):
       repeats = responses[i].count(self.conclusion) > 1
-      grades[i] = Grade(reward - self._repeat_penalty * repeats, extracted)
+      grades[i] = Grade(reward - repeat * repeats, extracted)
     return grades
 
   def judge_many(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
