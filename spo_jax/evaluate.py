@@ -390,6 +390,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
       print(f"Stopped; the same command with --output {output} continues.", file=sys.stderr)
       return distributed.INTERRUPTED
+    except OSError as error:  # a full disk, a mount that went away
+      print(f"error: {error}. Mend that; the same command with --output {output} continues.",
+            file=sys.stderr)  # fmt: skip
+      return 1
   return 0
 
 

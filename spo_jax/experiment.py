@@ -101,6 +101,11 @@ class Experiment:
       if len(problems) <= _LISTED:
         room = self.config.rollout.max_response_tokens
         lengths = self._lengths(problems, self._demonstration_ids)
+        if not lengths.any():
+          raise ValueError(
+            f"task.name={self.config.task.name}: its problems have no demonstrations to start from."
+            " Set sft.max_steps=0."
+          )
         fits = (lengths > 0) & (lengths < room)
         problems = self._keep(problems, fits, f"demonstrations of none or {room}+ tokens")
       self._splits["demonstrated"] = problems
@@ -153,7 +158,8 @@ class Experiment:
         self.left_out.setdefault(where, len(open_rows))
       for i in open_rows:
         chosen[i] = problems[(int(order[i]) + step * stride) % len(problems)]
-      if not len(open_rows):
+      is_hopeless = len(open_rows) == len(chosen) and step * len(chosen) >= 8 * _CHECKED
+      if is_hopeless or not len(open_rows):
         break
     return chosen
 

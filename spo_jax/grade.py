@@ -37,6 +37,7 @@ def grade_file(task: Task, source: Path, target: Path) -> tuple[int, int]:
   with source.open("rb") as lines:
     total = sum(1 for line in lines if line.strip())
   graded = correct = skipped = 0
+  target = target.resolve()  # a link stays one
   temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
   try:
     with (
@@ -105,9 +106,12 @@ def _check_files(source: Path, target: Path) -> None:
     raise ValueError(f"{source} is not a file: name one with a JSON object per line")
   if target.is_dir() or not target.parent.is_dir():
     raise ValueError(f"{target} cannot be written: name a file in a folder that exists")
+  if target.exists() and not target.is_file():  # a device or a pipe would become a file
+    raise ValueError(f"{target} is no regular file: name one, which is replaced as a whole")
   if target.exists() and target.samefile(source):
     raise ValueError(f"{target} is the file to grade, which is never overwritten: name another")
-  for file, mode, wanted in ((source, os.R_OK, "read"), (target.parent, os.W_OK, "write")):
+  folder = target.resolve().parent
+  for file, mode, wanted in ((source, os.R_OK, "read"), (folder, os.W_OK, "write")):
     if not os.access(file, mode):
       raise ValueError(f"{file}: no permission to {wanted}")
 

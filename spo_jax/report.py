@@ -211,7 +211,8 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-  """The command line. Returns the exit code: 0, or 2 where there is no run to report on."""
+  """The command line. Returns the exit code: 0, 2 where there is no run to report on, or 1 where
+  the page cannot be written."""
   parser = argparse.ArgumentParser(prog="python -m spo_jax.report", description=__doc__)
   parser.add_argument("run_dir", metavar="RUN_DIR", help="directory of a run, finished or not")
   try:
@@ -219,6 +220,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
   except (FileNotFoundError, ValueError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
+  except OSError as error:  # a full disk, a folder that is read only
+    print(f"error: {error}", file=sys.stderr)
+    return 1
   return 0
 
 

@@ -343,8 +343,8 @@ def _respond(
   score: Score | None,
   keep: bool = False,
 ) -> tuple[np.ndarray, Samples, tuple[KVStore, ...]]:
-  """Of questions first .. first + at_once - 1: prompt row i[B], samples, and the stores of prompts
-  and (`keep`) of responses."""
+  """Of questions first .. first + at_once - 1: prompt row i[B], samples, and with `keep` the stores
+  of prompts and of responses."""
   questions = np.arange(first, min(first + at_once, len(prompts.lengths)))
   count, rows = engine.filled(at_once, samples), len(questions) * samples
   tokens, lengths = _take(prompts, questions, count)
@@ -359,10 +359,12 @@ def _respond(
     params, (store,), requests, key, engine.response_tokens, engine.response_tokens, keep
   )
   response = select(engine.fetch(drawn, slot_steps), slice(rows))
+  stores = () if own is None else (store, own)
+  del store  # or it is held while responses are scored
   prompt = first + parent[:rows]
   if score is not None:
     response = response.replace(logprobs=score(prompts, prompt, response))
-  return prompt, response, (store,) if own is None else (store, own)
+  return prompt, response, stores
 
 
 def _continue(

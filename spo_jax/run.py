@@ -84,6 +84,8 @@ class Run:
       self._begin(preemption)
     else:  # a second one is saved when the first is complete
       raise _lost(policy, f"{run_dir} has logged {logged} iterations, and ")
+    if is_main():
+      (run_dir / "summary.json").unlink(missing_ok=True)  # the run goes on from here
 
   def _begin(self, preemption: Preemption) -> None:
     self.log.resume_at(-1)
@@ -111,7 +113,8 @@ class Run:
     if self.experiment.config.eval.validation_problems:
       with Checkpoints(self._best_dir, keep=1) as checkpoints:
         best = checkpoints.latest()
-      if best is None or best > self.iteration:  # it took the place of the one meant here
+      is_lost = best is None or best > self.iteration  # it took the place of the one meant here
+      if is_lost or counters.get("validated", self._validated) != self._validated:
         self._best_accuracy = -1.0
     if self._needs_reference:
       _, self.reference, _ = _only(self._reference_dir, template.params)
@@ -166,8 +169,15 @@ class Run:
       "programs": sorted(self.compiles.programs),
       "totals": self._totals,
       "best_accuracy": self._best_accuracy,
+      "validated": self._validated,
     }
     self._checkpoints.save(self.iteration, self.state, counters, self.buffer.edges)
+
+  @property
+  def _validated(self) -> list[float]:
+    """What validation accuracies depend on, beside the policy: others cannot be compared."""
+    held_out = self.experiment.config.eval
+    return [held_out.validation_problems, held_out.temperature, held_out.top_p]
 
   def _keep_best(self, iteration: int) -> float:
     """Validation accuracy of the policy, which is saved where none before it was better."""

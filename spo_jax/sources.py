@@ -10,6 +10,7 @@ from typing import Any
 
 from spo_jax.checkpoint import Checkpoints
 from spo_jax.config import Config, load
+from spo_jax.errors import said
 from spo_jax.experiment import Experiment
 from spo_jax.model import Params
 from spo_jax.update import make_optimizer, state_template
@@ -82,7 +83,8 @@ def find_source(model: str, checkpoint: str | None) -> Source:
 def load_params(source: Source, experiment: Experiment) -> Params:
   """Parameters on the device.
 
-  Raises: ValueError, one line, where a Hugging Face folder does not hold the model it describes.
+  Raises: ValueError, one line, where a Hugging Face folder does not hold the model it describes,
+    or a checkpoint cannot be read.
   """
   if source.step is None:
     return experiment.init_params()
@@ -91,5 +93,11 @@ def load_params(source: Source, experiment: Experiment) -> Params:
   is_best = source.kind == "best"  # of which the parameters alone are kept
   keep = experiment.config.checkpoint.keep
   with Checkpoints(source.checkpoints, keep, is_reader=True) as checkpoints:
-    restored, _, _ = checkpoints.restore(source.step, template.params if is_best else template)
+    try:
+      restored, _, _ = checkpoints.restore(source.step, template.params if is_best else template)
+    except Exception as error:  # of the file system, of every format inside: many kinds
+      raise ValueError(
+        f"{source.checkpoints / str(source.step)} cannot be read ({said(error)}). Name another "
+        "--checkpoint."
+      ) from error
   return restored if is_best else restored.params

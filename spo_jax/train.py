@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -118,7 +119,8 @@ def open_run_dir(config: Config, config_path: Path, run_dir: Path | None, resume
   if run_dir is None and not distributed.is_alone():
     raise ConfigError("--run-dir is missing: several processes have to agree on it. Name one.")
   if run_dir is None:
-    runs = sorted(Path("runs").glob(f"{config_path.stem}-*/config.yaml"))
+    name = re.compile(re.escape(config_path.stem) + r"-\d{8}-\d{6}")  # others were named by hand
+    runs = sorted(p for p in Path("runs").glob("*/config.yaml") if name.fullmatch(p.parent.name))
     if resume and not runs:
       raise ConfigError(f"--resume: runs/ holds no run of {config_path.stem}; give --run-dir.")
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -154,13 +156,17 @@ def open_run_dir(config: Config, config_path: Path, run_dir: Path | None, resume
   return run_dir
 
 
-def finished(run_dir: Path, iterations: int) -> dict[str, Any] | None:
-  """The summary of a run that has nothing left to do."""
+def finished(run_dir: Path, config: Config) -> dict[str, Any] | None:
+  """The summary of a run that has nothing left to do under this configuration."""
   try:
+    stored = load(run_dir / "config.yaml")
     summary = json.loads((run_dir / "summary.json").read_text())
-  except (FileNotFoundError, ValueError):  # or damaged: it is written again
+    is_whole = summary.keys() >= {"initial", "final", "iterations"}
+  except (FileNotFoundError, ValueError, AttributeError):  # or damaged: it is written again
     return None
-  return summary if summary.get("iterations") == iterations else None
+  is_same = all(key.startswith("log.") for key in changed_keys(stored, config))
+  is_exported = (run_dir / "model").exists() or not config.checkpoint.export
+  return summary if is_whole and is_same and is_exported else None
 
 
 def plan(experiment: Experiment) -> str:
@@ -229,6 +235,7 @@ def main(
       print(to_yaml(config) + "\n" + plan(experiment))
       return 0
     run_dir = open_run_dir(config, options.config, options.run_dir, options.resume)
+    summary = finished(run_dir, config)
     project = "spo_jax" if config.log.wandb and distributed.is_main() else None
     distributed.wait_for_all("the run directory is checked")
     own_dir = distributed.own_directory(run_dir)
@@ -243,7 +250,7 @@ def main(
   with log, contextlib.closing(experiment.task), distributed.quiet_unless_main():
     try:
       print(to_yaml(config) + "\n" + plan(experiment), flush=True)
-      summary = finished(run_dir, config.train.iterations) or train(experiment, run_dir, log)
+      summary = summary or train(experiment, run_dir, log)
       if summary and distributed.is_main():
         runlog.final_table(summary, run_dir)
         print(f"Report: {write_report(run_dir)}")

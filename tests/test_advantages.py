@@ -445,6 +445,16 @@ def test_whiten_equals_brute_force(values, mask):
     close(whiten(values, mask, shift_mean), expected)
 
 
+def test_whiten_of_one_or_two_advantages_by_hand():
+  """One has no variance; 2 and 4 have 2, which is not that of a population, 1."""
+  values, half = np.array([[2.0, 4.0, 9.0]], np.float32), 1 / np.sqrt(2)
+  one, two = np.array([[True, False, False]]), np.array([[True, True, False]])
+  close(whiten(values, one, True), np.zeros((1, 3)))
+  close(whiten(values, one, False), np.array([[2e4, 0, 0]]))
+  close(whiten(values, two, True), np.array([[-half, half, 0]]))
+  close(whiten(values, two, False), np.array([[2 * half, 4 * half, 0]]))
+
+
 def test_whiten_of_equal_advantages_is_exactly_zero():
   for value in (0.1, 0.7, -1.3):  # whose float32 mean over 792 tokens is another number
     whitened = whiten(np.full((8, 99), value, np.float32), np.ones((8, 99), bool), True)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -370,6 +371,33 @@ def test_a_finished_evaluation_is_shown_again_without_a_model(run, folder, sampl
   assert (code, err) == (0, "")
   assert "maj@3" in out and f"Summary: {sampled}/summary.json" in out
   assert content(sampled) == before
+
+
+def test_a_disk_that_is_full_is_one_line_and_the_same_command_continues(
+  run, folder, sampled, tmp_path, monkeypatch
+):
+  command = ["--model", folder, "--task", "guess", *SAMPLED, "--output", tmp_path / "a"]
+
+  def full(*_):
+    raise OSError(28, "No space left on device")
+
+  with monkeypatch.context() as change:
+    change.setattr(evaluate, "judge", lambda *args: change.setattr(os, "fsync", full) or [])
+    code, _, err = run(*command)
+  assert code == 1 and "No space left" in err and f"--output {tmp_path / 'a'} continues" in err
+  assert err.splitlines()[-1].startswith("error: ")
+  assert run(*command)[0] == 0
+  assert_same(tmp_path / "a", sampled)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_named(refuse, finished, tmp_path):
+  run_dir = shutil.copytree(finished("chain")[0], tmp_path / "run")
+  broken = run_dir / "checkpoints" / "policy" / "6"
+  largest = max((p for p in broken.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+  os.truncate(largest, largest.stat().st_size // 2)
+  said = refuse("--model", run_dir, "--limit", 8, "--output", tmp_path / "a")
+  assert f"{broken} cannot be read" in said and "--checkpoint" in said
+  assert not (tmp_path / "a").exists()
 
 
 def test_an_output_folder_has_one_writer(refuse, folder, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -138,3 +139,24 @@ def test_padding_that_the_model_does_not_know_is_not_fed_to_it(outgrown):
   made = build(outgrown(pad_token="[PAD]"))
   assert made.tokenizer.pad_token_id == 17
   assert made.questions(0, 8).tokens.max() < 17 and made.engine.sampling.pad_id < 17
+
+
+def test_problems_without_demonstrations_start_no_warm_start(tmp_path):
+  rows = [{"nums": [1, 2, 3], "target": target} for target in (6, 7, 9)]
+  for split in ("train", "test", "validation"):
+    (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  (tmp_path / "config.yaml").write_text(CONFIG)
+  settings = ["task.name=countdown", f"task.path={tmp_path}", "rollout.max_prompt_tokens=400"]
+  with pytest.raises(ValueError, match=r"no demonstrations to start from\. Set sft\.max_steps=0"):
+    build(load(tmp_path / "config.yaml", [*settings, "model.tokenizer_tokens=290"]))
+
+
+def test_where_no_generated_problem_fits_the_search_for_another_ends_soon(generated, monkeypatch):
+  asked = []
+  look = experiment.Experiment._lengths
+  monkeypatch.setattr(
+    experiment.Experiment, "_lengths", lambda *args: asked.append(len(args[1])) or look(*args)
+  )
+  with pytest.raises(ValueError, match=r"rollout\.max_prompt_tokens"):
+    generated(2, 120).questions(0, 512)
+  assert sum(asked) == 8 * 512

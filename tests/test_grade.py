@@ -130,6 +130,8 @@ def test_nothing_to_grade_is_a_failure_that_writes_nothing(run, lines):
     (["--task", "gsm8k", "IN", "IN"], "never overwritten"),
     (["--task", "gsm8k", "IN", "./folder/../IN"], "never overwritten"),
     (["--task", "gsm8k", "IN", "LINK"], "never overwritten"),
+    (["--task", "gsm8k", "IN", "PIPE"], "PIPE is no regular file"),
+    (["--task", "gsm8k", "IN", "/dev/null"], "/dev/null is no regular file"),
     (["--task", "gsm8k", "--repeat-penalty", "-1", "IN", "OUT"], "task.repeat_penalty=-1.0"),
   ],
 )
@@ -139,11 +141,21 @@ def test_wrong_usage_is_one_line_and_code_two(tmp_path, monkeypatch, capsys, arg
   content = json.dumps({"answer": "1", "response": "#### 1"})
   (tmp_path / "IN").write_text(content)
   os.link(tmp_path / "IN", tmp_path / "LINK")
+  os.mkfifo(tmp_path / "PIPE")
   assert main(arguments) == 2
   error = capsys.readouterr().err
   assert message in error and error.startswith("error: ") and error.count("\n") == 1
   assert (tmp_path / "IN").read_text() == content
   assert not (tmp_path / "OUT").exists()
+
+
+def test_a_link_stays_one_and_its_file_is_written(tmp_path):
+  (tmp_path / "IN").write_text(json.dumps({"answer": "1", "response": "#### 1"}))
+  (tmp_path / "folder").mkdir()
+  (tmp_path / "OUT").symlink_to(tmp_path / "folder" / "there")
+  assert main(["--task", "gsm8k", str(tmp_path / "IN"), str(tmp_path / "OUT")]) == 0
+  assert (tmp_path / "OUT").is_symlink()
+  assert json.loads((tmp_path / "folder" / "there").read_text())["reward"] == 1
 
 
 @pytest.mark.parametrize("arguments", [[], ["--task", "gsm8k"], ["--task", "gsm8k", "IN"]])

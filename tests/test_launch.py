@@ -179,7 +179,7 @@ ODD = "{question} $$x$$ $(RUN) it's #1"
 
 def test_laptop_passes_words_through_make_as_they_are(tmp_path):
   path = fake_programs(tmp_path, python='printf "%s\\0" "$@"')
-  (tmp_path / "launch").symlink_to(LAUNCH)
+  shutil.copytree(LAUNCH, tmp_path / "launch")
   (tmp_path / "Makefile").write_text("train:\n\t@python $(ARGS)\n")
   done = subprocess.run(
     ["./laptop.sh", "tree", "--set", ODD], capture_output=True, text=True, timeout=60,

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import pytest
 
 from spo_jax.config import (
@@ -22,7 +23,7 @@ from spo_jax.plan.chips import CHIPS, parse_topology
 from spo_jax.plan.collectives import collective_bytes
 from spo_jax.plan.compiling import Measured, assigned_bytes, extrapolate
 from spo_jax.plan.costs import Split
-from spo_jax.plan.fitting import Line, Plan, next_change, share_out, with_settings
+from spo_jax.plan.fitting import Line, Plan, Planner, next_change, share_out, with_settings
 from spo_jax.plan.programs import Program
 from spo_jax.plan.shapes import HUB_NAMES, SHAPES, model_shape
 
@@ -125,6 +126,8 @@ def test_shape_of_a_config_json_or_of_a_name_stands_for_the_models_own(tmp_path)
   config = load(ROOT / "configs" / "qwen1.5b_math_tree.yaml")
   shape, source = model_shape(config, str(file), None)
   assert (shape.num_layers, shape.compute_dtype, source) == (3, "bfloat16", str(file))
+  asked = with_settings(config, {"model.attention": "xla"})
+  assert model_shape(asked, str(file), None)[0].attention == "xla"
   assert model_shape(config, "qwen2.5-7b", None)[0].hidden_size == 3584
 
 
@@ -301,6 +304,39 @@ def test_rollouts_share_out_rows_on_their_own_mesh():
   }
 
 
+@pytest.mark.parametrize(("is_scored", "rows"), [(False, 60), (True, 40)])
+def test_rows_that_are_scored_are_shared_out_by_training_too(is_scored, rows):
+  """60 of three trees are 4 equal shares, as rollouts have them, and not 8, as updates."""
+  own = RolloutMeshConfig(4, 1, 2)
+  own = dataclasses.replace(TREE.rollout, rows=120, recompute_logprobs=is_scored, mesh=own)
+  tree = dataclasses.replace(TREE, rollout=own)
+  rollouts = line(101, "rollout.rows")
+  assert next_change(plan_of(tree, (1, 8, 1), rollouts)) == {"rollout.rows": rows}
+
+
+def test_held_out_questions_that_are_encoded_at_once_are_halved():
+  questions = line(101, "eval.problems")
+  few = with_settings(CONFIG, {"eval.problems": 40})
+  assert next_change(plan_of(few, (1, 8, 1), questions)) == {"eval.problems": 16}
+  few = with_settings(few, {"eval.problems": 8})
+  assert "rollout.mesh.fsdp" in next_change(plan_of(few, (1, 8, 1), questions))
+
+
+def test_a_search_that_runs_into_what_was_asked_for_ends_without_settings():
+  class Big:
+    def measure(self, program, layers):
+      return Measured(2**40)
+
+  config = with_settings(CONFIG, {
+    "model.vocab_size": 40, "rollout.mesh.data": 0, "mesh.data": 1,
+  })  # fmt: skip
+  planner = Planner(config.model, jax.devices()[:1], None, 2**20, Big(), ["grow"])
+  first, said = planner.plan(config), []
+  config = with_settings(config, {"rollout.mesh.fsdp": 3})  # what a change might lead to
+  assert planner.search(config, first, said.append).plan is None
+  assert "rollout.mesh" in said[-1]
+
+
 def test_layers_are_computed_again_once_rows_cannot_be_fewer():
   least = with_settings(CONFIG, {"train.micro_batch_rows": 8})
   first = next_change(plan_of(least, (1, 8, 1), line(101)))
@@ -327,7 +363,7 @@ def test_chips_move_to_the_tensor_axis_until_none_is_left():
   least = with_settings(TREE, {"rollout.rows": 24})
   rollouts = line(101, "rollout.rows")
   gathered = next_change(plan_of(least, (1, 8, 1), rollouts))
-  assert gathered == {"rollout.mesh.data": 0, "rollout.mesh.fsdp": 0}
+  assert gathered == {f"rollout.mesh.{axis}": 0 for axis in ("data", "fsdp", "tensor")}
   least = with_settings(least, gathered)
   assert next_change(plan_of(least, (1, 8, 1), rollouts)) == {"mesh.fsdp": 4, "mesh.tensor": 2}
   one = with_settings(least, {"train.micro_batch_rows": 1, "train.remat": "layer"})

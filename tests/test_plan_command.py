@@ -158,12 +158,18 @@ def test_a_machine_without_the_platform_is_one_line_and_2(tiny, platforms):
   assert f"local finds no devices with JAX_PLATFORMS={platforms}" in done.stderr
 
 
-def evaluations(*settings):
-  """(calls per iteration, tokens of one call) by program, of 4 rows at once on one device."""
+def programs_of(*settings):
+  """By name, of 4 rows at once on one device."""
   config = load(None, [*SMALL, *settings])
   mesh = sharding.make_mesh(MeshConfig())
   found = Programs(config, dataclasses.replace(config.model, vocab_size=64), mesh).listed()
-  return {p.name: (p.calls, p.tokens) for p in found if ":" in p.name}
+  return {p.name: p for p in found}
+
+
+def evaluations(*settings):
+  """(calls per iteration, tokens of one call) by program."""
+  found = programs_of(*settings)
+  return {name: (p.calls, p.tokens) for name, p in found.items() if ":" in name}
 
 
 SMALL = [
@@ -184,6 +190,35 @@ def test_the_evaluations_of_a_run_are_counted():
   chosen = evaluations("eval.temperature=0.6", "eval.validation_problems=7")
   validation = {"validate: prefill": (4 / 25, 8 * 8), "validate: grow": (4 / 25, 8 * 16)}
   assert chosen == twice | validation
+
+
+def test_a_warm_start_alone_is_its_updates_checks_and_one_evaluation():
+  found = programs_of(
+    "train.iterations=0", "sft.max_steps=9", "sft.batch_rows=4", "sft.check_problems=30"
+  )
+  calls = {"supervised update": 0, "check: prefill": 0, "check: grow": 0}
+  assert {name: p.calls for name, p in found.items()} == calls | {
+    "evaluate: prefill": 1, "evaluate: grow": 1,
+  }  # fmt: skip
+  assert found["check: prefill"].tokens == 32 * 8  # filled up
+  assert found["check: prefill"].setting == "sft.check_problems"
+
+
+@pytest.mark.parametrize("algorithm", ["chain", "tree", "grpo"])
+def test_what_lies_beside_a_program_that_scores(algorithm):
+  """The copy of the parameters that samples, until trees are whole; what chains continue from."""
+  found = programs_of(
+    f"algorithm={algorithm}", "rollout.recompute_logprobs=true", "model.compute_dtype=bfloat16",
+    "spo.branch_factors=[2,2]", "spo.segment_tokens=8", "rollout.questions=4",
+    "rollout.samples=2", "train.batch_rows=4", "train.micro_batch_rows=4",
+  )  # fmt: skip
+  update, score = found["update"], found["score"]
+  copied = score.held["parameters"] - update.held["parameters"]
+  kept = score.held["kv_cache"]
+  assert score.beside == update.held["optimiser"] + copied + kept
+  share = 0 if algorithm == "tree" else 0.5
+  assert copied == pytest.approx(share * update.held["parameters"], rel=0.01)
+  assert (kept > 0) == (algorithm == "chain")
 
 
 def test_an_extrapolated_model_is_nearly_the_compiled_one():

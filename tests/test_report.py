@@ -191,6 +191,13 @@ def test_help_is_there(capsys):
   assert stop.value.code == 0 and "RUN_DIR" in capsys.readouterr().out
 
 
+def test_a_page_that_cannot_be_written_is_one_line_and_exit_code_one(run, capsys):
+  (run / "report.html").mkdir()
+  assert main([str(run)]) == 1
+  error = capsys.readouterr().err
+  assert error.startswith("error: ") and "report.html" in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
   ("name", "content", "message"),
   [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -137,6 +138,36 @@ def test_resuming_a_finished_run_prints_its_table_and_changes_nothing(
   assert content(copy) == before | {copy / "report.html": content(copy)[copy / "report.html"]}
 
 
+@pytest.mark.parametrize("damaged", ["[]", '{"iterations": 6}', "{"])
+def test_a_damaged_summary_and_a_lost_export_are_written_again(
+  train, finished, config, copy, damaged
+):
+  (copy / "summary.json").write_text(damaged)
+  shutil.rmtree(copy / "model")
+  result = train(*command(config, copy, resume=True))
+  assert (result.code, result.err) == (0, "")
+  assert_same_run(copy, finished("chain")[0])
+
+
+def test_a_finished_run_that_goes_on_has_no_summary_until_it_ends(train, config, copy):
+  longer = command(config, copy, "chain", "train.iterations=8", resume=True)
+  stop = Stop("spo_jax.run.Run.finish")
+  assert train(*longer, stop=stop).code == -signal.SIGKILL
+  assert not (copy / "summary.json").exists()
+  assert train(*longer).code == 0
+  assert summary(copy)["iterations"] == 8
+
+
+def test_the_newest_run_is_one_that_was_named_by_its_time(config, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  stem, older, newer = config.stem, "20261126-235959", "20261127-000000"
+  for name in (f"{stem}-{older}", f"{stem}-{newer}", f"{stem}-first", f"{stem}-x-{newer}"):
+    (tmp_path / "runs" / name).mkdir(parents=True)
+    (tmp_path / "runs" / name / "config.yaml").write_text(to_yaml(load(config)))
+  found = open_run_dir(load(config), config, None, resume=True)
+  assert found.name == f"{stem}-{newer}"
+
+
 @pytest.mark.parametrize(
   "setting", ["spo.interval=3", "seed=1", "optimizer.learning_rate=0.01", "train.iterations=5"]
 )
@@ -183,6 +214,22 @@ def test_a_best_policy_of_a_future_that_was_lost_is_not_kept(train, finished, co
   expected = max(accuracy, key=accuracy.__getitem__)
   assert summary(run_dir)["best"]["iteration"] == expected
   assert [path.name for path in best.iterdir()] == [str(expected)]
+
+
+@pytest.mark.parametrize(
+  ("setting", "is_new"), [("eval.validation_problems=16", True), ("eval.texts=1", False)]
+)
+def test_accuracies_of_other_validation_problems_are_not_compared(
+  train, finished, config, tmp_path, setting, is_new
+):
+  run_dir = shutil.copytree(finished("grpo")[0], tmp_path / "run")
+  counters = next((run_dir / "checkpoints" / "policy" / "6" / "counters").glob("*"))
+  stored = json.loads(counters.read_text())
+  counters.write_text(json.dumps(stored | {"best_accuracy": 2.0}))  # none is better
+  longer = ["train.iterations=7", setting]
+  result = train(*command(config, run_dir, "grpo", *longer, resume=True))
+  assert result.code == 0, result.err
+  assert (summary(run_dir)["best"]["iteration"] == 7) == is_new
 
 
 def test_a_run_is_not_overwritten(refuse, config, copy):

@@ -140,6 +140,7 @@ def test_all_cutpoints_with_interval_one_is_one_segment_per_token():
   mask = prefix_mask([5, 2, 0], 5)
   segment = cutpoint_segments(np.full((3, 5), -1.0), mask, 0.9, 1)
   np.testing.assert_array_equal(segment, token_segments(np.array([5, 2, 0]), T=5))
+  np.testing.assert_array_equal(segments.cutpoint_segments(mask - 2.0, mask, 0.9, 1), segment)
 
 
 def test_interval_beyond_the_length_makes_one_segment():

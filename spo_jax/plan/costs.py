@@ -73,6 +73,8 @@ def forward(c: ModelConfig, rows: int, length: int, split: Split, keys: int = 0)
 def attention(c: ModelConfig, rows: int, length: int, split: Split, keys: int = 0) -> Cost:
   """Both products with every pair of slots of a row, or with the half of them that is seen.
 
+  `xla` leaves out most others too, which is not counted.
+
     FLOPs = layers * rows * length^2 * 4 N H
 
   Bytes: each score is written and read in float32 and once more in the compute dtype, unless

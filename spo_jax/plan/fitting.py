@@ -179,7 +179,11 @@ class Planner:
       changed |= change
       say("trying " + " ".join(f"{key}={value}" for key, value in change.items()))
       config = with_settings(config, change)
-      plan = self.plan(config, first=worst, stop=True)
+      try:
+        plan = self.plan(config, first=worst, stop=True)
+      except ConfigError as error:  # of what was asked for, and does not go with the change
+        say(str(error))
+        return Found(None, changed, steps)
       steps.append({
         "change": change, "largest": plan.worst.program.name, "peak": plan.worst.peak,
         "fits": plan.fits,
@@ -204,7 +208,8 @@ def next_change(plan: Plan) -> Settings | None:
   """The setting to change so that the largest program becomes smaller, cheapest first.
 
   Parameters and moments are shared out over all chips (mesh.fsdp). The rows of that program are
-  halved: train.micro_batch_rows of an update, rollout.rows of what samples. An update computes
+  halved: train.micro_batch_rows of an update, rollout.rows of what samples, or how many held-out
+  questions there are. An update computes
   its layers again instead of keeping them (train.remat), rollouts gather their parameters at
   every step instead of holding them (rollout.mesh). Last, chips are moved from rows to heads and
   channels (mesh.tensor), which lets rows be halved again.
@@ -216,10 +221,10 @@ def next_change(plan: Plan) -> Settings | None:
   fewer = _halved(config, key, mesh)
   if fewer:
     return fewer
-  if key != "rollout.rows" and (remat := config.train.remat) != REMAT[-1]:
+  if key in _OF_UPDATES and (remat := config.train.remat) != REMAT[-1]:
     return {"train.remat": REMAT[REMAT.index(remat) + 1]}
-  if key == "rollout.rows" and config.rollout.mesh.fsdp == 1 < mesh["fsdp"]:
-    return {"rollout.mesh.data": 0, "rollout.mesh.fsdp": 0}
+  if key not in _OF_UPDATES and config.rollout.mesh.fsdp == 1 < mesh["fsdp"]:
+    return {"rollout.mesh.data": 0, "rollout.mesh.fsdp": 0, "rollout.mesh.tensor": 0}
   for more in range(2, mesh["fsdp"] + 1):
     if mesh["fsdp"] % more == 0:
       moved = mesh | {"fsdp": mesh["fsdp"] // more, "tensor": mesh["tensor"] * more}
@@ -249,6 +254,9 @@ def share_out(config: Config, chips: int) -> Settings | None:
   return None
 
 
+_OF_UPDATES = ("train.micro_batch_rows", "sft.micro_batch_rows")
+
+
 def _row_keys(config: Config) -> list[str]:
   warm_start = ["sft.micro_batch_rows"] if config.sft.max_steps else []
   return ["rollout.rows", "train.micro_batch_rows", *warm_start]
@@ -275,10 +283,12 @@ def _halved(config: Config, key: str, mesh: dict[str, int]) -> Settings:
 def _allowed_rows(config: Config, key: str, mesh: dict[str, int]) -> list[int]:
   """Row counts that make an equal share for every part of the rows on this mesh.
 
-  Micro-batches divide their batch; rollouts hold whole questions.
+  Micro-batches divide their batch; rollouts hold whole questions; held-out questions are filled up.
   """
   parts = _row_parts(config, key, mesh)
-  if key != "rollout.rows":
+  if key not in (*_OF_UPDATES, "rollout.rows"):
+    return list(range(parts, _rows(config, key) + 1, parts))
+  if key in _OF_UPDATES:
     batch = config.train.batch_rows if key.startswith("train.") else config.sft.batch_rows
     return [rows for rows in range(parts, batch + 1, parts) if batch % rows == 0]
   of_one = config.leaves if config.algorithm == "tree" else config.rollout.samples
@@ -287,9 +297,12 @@ def _allowed_rows(config: Config, key: str, mesh: dict[str, int]) -> list[int]:
 
 
 def _row_parts(config: Config, key: str, mesh: dict[str, int]) -> int:
-  if key != "rollout.rows":
-    return mesh["data"] * mesh["fsdp"]
+  of_training = mesh["data"] * mesh["fsdp"]
+  if key in _OF_UPDATES:
+    return of_training
   own = {axis: getattr(config.rollout.mesh, axis) or size for axis, size in mesh.items()}
   fixed = math.prod(size for size in own.values() if size != -1)
   left = math.prod(mesh.values()) // fixed
-  return math.prod(left if own[axis] == -1 else own[axis] for axis in sharding.ROWS)
+  parts = math.prod(left if own[axis] == -1 else own[axis] for axis in sharding.ROWS)
+  is_scored = key == "rollout.rows" and config.rollout.recompute_logprobs
+  return math.lcm(parts, of_training) if is_scored else parts

@@ -33,11 +33,14 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def _iteration(lines: list[dict[str, Any]]) -> dict[str, float] | None:
-  """Seconds of one iteration at the chips' peaks, every row at its longest; None without peaks."""
+  """Seconds of one iteration at the chips' peaks, every row at its longest; None without peaks or
+  where there is none."""
   if any(line["seconds"] is None for line in lines):
     return None
   seconds = {line["name"]: line["calls_per_iteration"] * line["seconds"]["roofline"]
              for line in lines}  # fmt: skip
+  if "update" not in seconds:
+    return None
   rollout = sum(s for name, s in seconds.items() if name.startswith(_ROLLOUT))
   decoded = sum(
     line["calls_per_iteration"] * line["tokens_per_call"]

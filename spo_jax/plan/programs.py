@@ -125,10 +125,21 @@ class Programs:
     self.count = model.count_params(model_config)
 
   def listed(self) -> list[Program]:
-    found = [*self._rollouts(), *self._rescoring(), self._update(), *self._evaluation()]
-    if self.config.sft.max_steps:
-      found = [self._warm_start(), *found]
-    return found
+    train, sft, held_out = self.config.train, self.config.sft, self.config.eval
+    found = []
+    if sft.max_steps:  # calls are 0: it is over before the first iteration
+      found += [
+        self._warm_start(), *self._answers("check", "sft.check_problems", sft.check_problems, 0)
+      ]
+    if train.iterations:
+      found += [*self._rollouts(), *self._rescoring(), self._update()]
+    # Every so often, the first and the last iteration included.
+    times = (1 + -(-train.iterations // held_out.every)) / max(train.iterations, 1)
+    # Greedily and, at another temperature than 0, once more.
+    of_test = times * (1 + (held_out.temperature > 0))
+    found += self._answers("evaluate", "eval.problems", held_out.problems, of_test)
+    validated = held_out.validation_problems  # they choose the best policy
+    return found + self._answers("validate", "eval.validation_problems", validated, times)
 
   def _shapes(self, layers: int, mesh: Mesh) -> Shapes:
     small = dataclasses.replace(self.model_config, num_layers=layers)
@@ -170,7 +181,9 @@ class Programs:
       stop_table=table,
     )  # fmt: skip
 
-  def _prefill(self, name: str, prompts: int, calls: float) -> Program:
+  def _prefill(
+    self, name: str, prompts: int, calls: float, setting: str = "rollout.rows"
+  ) -> Program:
     mesh, width = self.rollout_mesh, self.config.rollout.max_prompt_tokens
 
     def lower(layers: int) -> Any:
@@ -183,13 +196,13 @@ class Programs:
 
     return Program(
       name, lower, costs.prefill(self.model_config, prompts, width, self._split(mesh)), calls,
-      prompts * width, {}, "rollout.rows",
+      prompts * width, {}, setting,
       *self._sampled(self._store_bytes(prompts, width)),
     )  # fmt: skip
 
   def _grow(
     self, name: str, pieces: list[tuple[int, int]], rows: int, room: int, tokens: int, keep: bool,
-    calls: float, evaluating: bool = False,
+    calls: float, setting: str = "rollout.rows", evaluating: bool = False,
   ) -> Program:  # fmt: skip
     """`rows` of at most `tokens` more, behind `pieces` of prompts and responses: (rows, width)."""
     mesh, key = self.rollout_mesh, jax.eval_shape(lambda: jax.random.key(0))
@@ -211,7 +224,7 @@ class Programs:
     cost = costs.decode(self.model_config, slots, width, steps, self._split(mesh))
     held = [*pieces, (slots, width), *[(rows, tokens)] * keep]
     return Program(
-      name, lower, cost, calls, rows * tokens, {r"grow\)/while$": steps}, "rollout.rows",
+      name, lower, cost, calls, rows * tokens, {r"grow\)/while$": steps}, setting,
       *self._sampled(sum(self._store_bytes(*store) for store in held)),
     )  # fmt: skip
 
@@ -279,12 +292,15 @@ class Programs:
           _host(shape, bool), rollout.temperature,
         )  # fmt: skip
 
-    held, beside = self._sampled(waiting)
+    # Rollouts still hold their copy of the parameters, but those of trees, which are over.
+    copied = 0 if config.algorithm == "tree" else self.copied
+    held = {**self.held, "parameters": self.held["parameters"] + copied, "kv_cache": waiting}
+    beside = self.held["optimiser"] + self.held["reference"] + copied + waiting
     cost = costs.score(self.model_config, rollout.rows, length, self._split(self.mesh))
     return [
       Program(
         "score", lower, cost, -(-rows // rollout.rows), rollout.rows * length, {},
-        "rollout.rows", held, beside + waiting,
+        "rollout.rows", held, beside,
       )
     ]  # fmt: skip
 
@@ -333,29 +349,23 @@ class Programs:
       self.model_config, rows, length, self.config.train.remat, self._split(self.mesh), keys
     )
 
-  def _evaluation(self) -> list[Program]:
-    """Test questions are answered greedily and, at another temperature than 0, once more;
-    those of validation, which choose the best policy, once."""
-    held_out, rollout = self.config.eval, self.config.rollout
-    most, room = max(self.config.train.iterations, 1), rollout.max_response_tokens
-    # Every so often, the first and the last iteration included.
-    times = (1 + -(-most // held_out.every)) / most
-    found = []
-    for name, asked, answers in (
-      ("evaluate", held_out.problems, 1 + (held_out.temperature > 0)),
-      ("validate", held_out.validation_problems, 1),
-    ):
-      if asked:
-        prompts = self._filled(asked, 1)
-        pieces, calls = [(prompts, rollout.max_prompt_tokens)], answers * times
-        found.append(self._prefill(f"{name}: prefill", prompts, calls))
-        found.append(
-          self._grow(f"{name}: grow", pieces, prompts, room, room, False, calls, True)
-        )
-    return found
+  def _answers(self, name: str, setting: str, asked: int, calls: float) -> list[Program]:
+    """One answer to each of `asked` held-out questions, which are encoded in one call."""
+    if not asked:
+      return []
+    rollout = self.config.rollout
+    prompts, room = self._filled(asked, 1), rollout.max_response_tokens
+    pieces = [(prompts, rollout.max_prompt_tokens)]
+    # Prompts all lie there, slots are those of rollouts.
+    most = setting if prompts * rollout.max_prompt_tokens > (
+      min(rollout.rows, prompts) * self.config.row_tokens
+    ) else "rollout.rows"  # fmt: skip
+    return [
+      self._prefill(f"{name}: prefill", prompts, calls, setting),
+      self._grow(f"{name}: grow", pieces, prompts, room, room, False, calls, most, True),
+    ]
 
   def _warm_start(self) -> Program:
-    """Calls are 0: it is over before the first iteration."""
     config, sft = self.config, self.config.sft
     length, micro = config.row_tokens, sft.micro_batch_rows or sft.batch_rows
     micro_batches = sft.batch_rows // micro

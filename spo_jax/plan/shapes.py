@@ -84,4 +84,6 @@ def model_shape(
     words = vocab_size or config.model.vocab_size or config.model.tokenizer_tokens
     shape, source = dataclasses.replace(config.model, vocab_size=words), "model.* of the config"
   check_context(config, shape.max_position)
-  return dataclasses.replace(shape, compute_dtype=config.model.compute_dtype), source
+  own = config.model
+  shape = dataclasses.replace(shape, compute_dtype=own.compute_dtype, attention=own.attention)
+  return shape, source
