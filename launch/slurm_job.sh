@@ -37,8 +37,9 @@ step=(
 trap : TERM  # the processes save; this shell waits for them
 code=0
 run "${step[@]}" || code=$?
-# Slurm requeues a preempted job, but not one whose time limit came near.
-if ((code == 143)); then
+# Slurm requeues a preempted job, but not one whose time limit came near. scancel, which ends the
+# processes too, must not.
+if ((code == 143)) && [[ $(scontrol show job "$SLURM_JOB_ID") == *JobState=RUNNING* ]]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -198,12 +198,16 @@ def test_slurm_dry_run_asks_for_requeue_and_an_early_sigterm():
 
 @pytest.fixture
 def slurm(tmp_path):
-  """Environment of a job whose processes fail with $CODE and whose scontrol logs requeues."""
+  """Environment of a job in $STATE whose processes fail with $CODE; its scontrol logs requeues."""
   return dict(
     PATH=fake_programs(
       tmp_path / "bin",
       srun='shift; SLURM_PROCID=1 exec "$@"',
-      scontrol='[[ $1 == show ]] && printf "n1\\nn2\\n" || echo "scontrol $*"',
+      scontrol='''case "$1 $2" in
+        "show hostnames") printf "n1\\nn2\\n" ;;
+        "show job") echo "JobId=$3 JobState=${STATE-RUNNING} Reason=None" ;;
+        *) echo "scontrol $*" ;;
+      esac''',
     ),
     PYTHON=program(
       tmp_path / "python",
@@ -227,11 +231,13 @@ def test_slurm_job_takes_the_first_host_and_resumes_only_a_run_that_exists(slurm
     expected[1:])
 
 
-@pytest.mark.parametrize("code", [0, 1, 143])
-def test_slurm_job_requeues_itself_after_143_alone(slurm, code):
-  done = launch("slurm_job.sh", *TRAIN, *RUN_DIR, CODE=str(code), **slurm)
+@pytest.mark.parametrize(
+  ("code", "state"), [(0, "RUNNING"), (1, "RUNNING"), (143, "RUNNING"), (143, "CANCELLED")]
+)
+def test_slurm_job_requeues_itself_after_143_alone(slurm, code, state):
+  done = launch("slurm_job.sh", *TRAIN, *RUN_DIR, CODE=str(code), STATE=state, **slurm)
   assert done.returncode == code
-  assert ("scontrol requeue 10007" in done.stdout) == (code == 143)
+  assert ("scontrol requeue 10007" in done.stdout) == (code == 143 and state == "RUNNING")
 
 
 def test_slurm_job_that_is_told_to_stop_waits_for_its_processes(slurm, tmp_path):
