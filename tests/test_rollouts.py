@@ -82,7 +82,7 @@ def exact_moments(prompt, temperature):
 
 
 @every_kind
-@pytest.mark.parametrize("rows", [5, 100])
+@pytest.mark.parametrize("rows", [2, 5, 100])
 def test_samples_do_not_depend_on_how_many_rows_are_decoded_at_once(rollout, rows):
   """Not even if one question or tree alone has more of them."""
   same(rollout(Recorder(rows=rows)), rollout(Recorder(rows=12)))
