@@ -266,7 +266,7 @@ def format_seconds(seconds: float) -> str:
 def format_count(count: float) -> str:
   """A count for people: 950, 81.3 k, 1.92 M."""
   for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-    if abs(count) >= size:
+    if float(f"{abs(count):.3g}") >= size:
       return f"{count / size:.3g}{unit}"
   return f"{count:.3g}" if count % 1 else f"{count:.0f}"
 

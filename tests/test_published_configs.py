@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -160,3 +163,54 @@ def test_a_published_run_is_evaluated_as_it_was_trained(tmp_path, path):
   sampled = config.task.name == "gsm8k" or "deepseek" in path.stem
   figures = (asked.rollout.samples, asked.eval.temperature, asked.eval.top_p)
   assert figures == ((16, 0.35, 0.9) if sampled else (1, 0, 1))
+
+
+HELD = """
+import json, sys
+from pathlib import Path
+import jax
+from spo_jax import attention, model, sharding
+from spo_jax.config import config_at, load
+from spo_jax.plan.programs import Programs
+from spo_jax.plan.shapes import model_shape
+
+attention.platform = model.platform = lambda: "gpu"  # which keeps keys and values in bfloat16
+found = {}
+for name, devices in json.loads(sys.argv[1]).items():
+  config = load(Path(name))
+  config = config_at(config, config.train.iterations)
+  shape, _ = model_shape(config, None, None)
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+  rollouts = sharding.make_rollout_mesh(config.rollout.mesh, mesh)
+  found[name] = {
+    # Of an update also its gradients, and what layers keep for the backward pass.
+    p.name: sum(p.held.values()) + p.per_layer * shape.num_layers
+    + p.held["parameters"] * ("update" in p.name)
+    for p in Programs(config, shape, mesh, rollouts).listed()
+  }
+print(json.dumps(found))
+"""
+
+
+def test_what_a_published_run_holds_fits_the_hardware_that_it_names():
+  """At the end of its schedule, with a tenth left to what is not counted here."""
+  named = {
+    str(path): re.search(r"# Hardware: (\d+) GPUs? of (\d+) GB", path.read_text())
+    for path in PUBLISHED
+  }
+  devices = {path: int(match[1]) for path, match in named.items()}
+  environment = os.environ | {
+    "JAX_NUM_CPU_DEVICES": str(max(devices.values())), "PYTHONPATH": str(CONFIGS.parent),
+  }  # fmt: skip
+  done = subprocess.run(
+    [sys.executable, "-c", HELD, json.dumps(devices)], env=environment, capture_output=True,
+    text=True, timeout=300,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  too_large = [
+    f"{Path(path).stem}, {program}: {held / 1e9:.1f} GB"
+    for path, programs in json.loads(done.stdout).items()
+    for program, held in programs.items()
+    if held > 0.9 * int(named[path][2]) * 1e9
+  ]
+  assert not too_large

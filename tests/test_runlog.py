@@ -346,6 +346,8 @@ def test_durations_read_well(value, text):
     (1_923_456, "1.92 M"),
     (3e9, "3 G"),
     (-2000, "-2 k"),
+    (999_499, "999 k"),
+    (999_712, "1 M"),
   ],
 )
 def test_counts_read_well(value, text):

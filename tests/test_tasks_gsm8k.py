@@ -54,6 +54,8 @@ def test_only_calculator_notes_are_removed_from_a_demonstration():
     "#### \\$18.00",
     "#### 018",
     "#### **18**",
+    "#### $**18**",
+    "**Answer:** the answer is **18** eggs",
     "#### 18%",
     "#### 18\nProblem: and more 19",
     "#### 17\nNo. #### 18",

@@ -25,7 +25,8 @@ _NUMBER = re.compile(
   r"(?P<words>(?:[^0-9+*/^=_\\]|(?<=[A-Za-z])/(?=[A-Za-z]))*)"
 )
 _NOISE = re.compile(
-  r"\\[!,; ]|\\(?=[$%])|\\(?:text|mbox|mathrm|textbf|mathbf)(?=\{)|\*\*|[`{}]"
+  r"\\[!,; ]|\\(?=[$%])|\\(?:text|mbox|mathrm|textbf|mathbf)(?=\{)|[`{}]"
+  r"|(?<![0-9)])\*\*|\*\*(?![0-9(])"  # bold text, and not a power
   r"|(?<=[A-Za-z}])\^\{?[23]\}?(?![0-9])|\^\{?\\circ\}?"  # of units: m^2, degrees
 )
 _HEADING = re.compile(r"[0-9]{1,2}[.)]\s+[^\W\d]")
