@@ -76,10 +76,11 @@ pass_on() {
   local pid
   for pid in "${alive[@]}"; do kill -s "$1" "$pid" 2>/dev/null || true; done
 }
-trap 'pass_on INT' INT
-trap 'pass_on TERM' TERM
+was_asked=false
+trap 'was_asked=true; pass_on INT' INT
+trap 'was_asked=true; pass_on TERM' TERM
 # A terminal may tell it twice, and a second SIGTERM would end them before they have saved.
-trap 'trap "" HUP; pass_on TERM' HUP
+trap 'trap "" HUP; was_asked=true; pass_on TERM' HUP
 
 # They must not go on when this script is killed.
 tied=()
@@ -109,10 +110,14 @@ while ((${#alive[@]})); do
     unset "alive[$i]"
     ((status && !code)) || continue
     code=$status
-    # 130 and 143: all were asked to stop, and the others are saving.
-    ((code == 130 || code == 143)) && continue
-    echo "$0: process $i ended with exit code $code; the others have 10 seconds" >&2
-    deadline=$((SECONDS + 10))
+    # 130 and 143: it was asked to stop, and the others save with it, unless they still start.
+    seconds=10
+    if ((code == 130 || code == 143)); then
+      $was_asked && continue
+      seconds=60
+    fi
+    echo "$0: process $i ended with exit code $code; the others have $seconds seconds" >&2
+    deadline=$((SECONDS + seconds))
   done
   [[ -z $deadline ]] || ((SECONDS < deadline)) || pass_on KILL
   sleep 0.1 || true

@@ -19,7 +19,7 @@ source launch/lib.sh
 
 option=([time]=04:00:00)
 read_options "nodes gpus cpus mem time partition account" "" "$@"
-need_count nodes gpus
+need_count nodes gpus ${option[cpus]+cpus}
 need_config "${rest[@]}"
 [[ -n $(value_of run-dir "${rest[@]}") ]] || die "--run-dir DIR is missing: all nodes must see it"
 if ! $DRY_RUN; then

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from spo_jax.distributed import is_alone
+from spo_jax.distributed import any_process, from_main, is_alone
 from spo_jax.errors import said
 from spo_jax.runlog import writing
 from spo_jax.structs import Edges
@@ -54,8 +54,21 @@ class Checkpoints:
     self.close()
 
   def latest(self) -> int | None:
-    """Step of the newest complete checkpoint."""
-    return self._manager.latest_step()
+    """Step of the newest complete checkpoint; of several processes all must ask.
+
+    Raises: CheckpointError where they do not see the same.
+    """
+    return self._agreed(self._manager.latest_step())
+
+  def _agreed(self, own: int | None) -> int | None:
+    """The step that the main process has found, as this one and all others have."""
+    step = from_main(-1 if own is None else own)
+    if any_process((own is None and step != -1) or (own is not None and step != own)):
+      raise CheckpointError(
+        f"processes see different checkpoints in {self._manager.directory}, the main one {step}. "
+        "Wait until its file system shows them to all, and --resume."
+      )
+    return own
 
   def steps(self) -> list[int]:
     """Steps of all complete checkpoints."""
@@ -116,12 +129,12 @@ class Checkpoints:
     Args:
       at_most: steps behind this one are passed over.
     Raises: CheckpointError where there are checkpoints, and none can be read, or one process of
-      several cannot read the newest.
+      several cannot read the newest or does not see it.
     """
     steps = sorted(self.steps(), reverse=True)
-    for step in steps:
-      if at_most is not None and step > at_most:
-        continue
+    within = [step for step in steps if at_most is None or step <= at_most]
+    self._agreed(within[0] if within else None)
+    for step in within:
       try:
         return step, *self.restore(step, template)
       except Exception as error:  # of the file system, of every format inside: many kinds

@@ -38,7 +38,7 @@ def initialize() -> None:
   """Joins the processes of the run, where the environment asks for it.
 
   SPO_COORDINATOR=host:port, SPO_PROCESSES and SPO_PROCESS_ID name them; SPO_DISTRIBUTED=auto
-  leaves that to JAX, which knows TPU pods, Slurm and Kubernetes.
+  leaves that to JAX, which knows TPU pods, Slurm (a process for each GPU) and Kubernetes.
 
   Raises: ConfigError where the variables do not belong together.
   """

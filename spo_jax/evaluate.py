@@ -90,9 +90,10 @@ def configure(options: argparse.Namespace, source: Source) -> Config:
   for name in Preset._fields[4:] if source.run is not None else ():
     chosen.pop(name, None)
   chosen |= {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
-  # What only training looks at is neither checked nor in the way.
+  # What only training looks at is neither checked nor in the way: penalties shape its rewards.
   changes = ["algorithm=chain", "schedule=[]", "sft.max_steps=0", "eval.validation_problems=0",
-             "train.pack_tokens=0", "rollout.samples=1"]  # fmt: skip
+             "train.pack_tokens=0", "task.unfinished_penalty=0", "task.repeat_penalty=0",
+             "rollout.samples=1"]  # fmt: skip
   run = source.run
   if run is None:
     changes.append(f"model.path={json.dumps(source.model, ensure_ascii=False)}")
@@ -265,7 +266,7 @@ def judge(experiment: Experiment, prompts: Prompts, drawn: Trajectories) -> list
   texts = experiment.decode(drawn.samples)
   finished = drawn.samples.finished.tolist()
   problems = [prompts.problems[i] for i in drawn.prompt]
-  grades = experiment.task.grade_many(problems, texts, finished, with_penalties=False)
+  grades = experiment.task.grade_many(problems, texts, finished)
   rows = zip(problems, texts, grades, finished, drawn.samples.lengths.tolist(), strict=True)
   return [
     {

@@ -301,11 +301,12 @@ def build(config: Config, training: bool = True) -> Experiment:
     graded = task.grade_many(problems, responses, finished.tolist(), with_penalties)
     return np.array([grade.reward for grade in graded], np.float32)
 
+  pad = tokens.pad_token_id
   sampling = Sampling(
     temperature=rollout.temperature,
     top_p=rollout.top_p,
     end_ids=ends,
-    pad_id=ends[0],
+    pad_id=ends[0] if pad is None or pad >= model_config.vocab_size else int(pad),
     top_k=rollout.top_k,
     truncate=rollout.top_p < 1 or rollout.top_k > 0,
     stop_table=stops.table(tokens, rollout.stop, model_config.vocab_size) if rollout.stop else None,

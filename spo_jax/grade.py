@@ -104,13 +104,16 @@ def _check_files(source: Path, target: Path) -> None:
   """Raises ValueError, in one line, for files that cannot be used."""
   if not source.is_file():
     raise ValueError(f"{source} is not a file: name one with a JSON object per line")
-  if target.is_dir() or not target.parent.is_dir():
+  try:
+    folder = target.resolve().parent
+  except (OSError, RuntimeError):  # links in a circle
+    folder = None
+  if folder is None or target.is_dir() or not folder.is_dir():
     raise ValueError(f"{target} cannot be written: name a file in a folder that exists")
   if target.exists() and not target.is_file():  # a device or a pipe would become a file
     raise ValueError(f"{target} is no regular file: name one, which is replaced as a whole")
   if target.exists() and target.samefile(source):
     raise ValueError(f"{target} is the file to grade, which is never overwritten: name another")
-  folder = target.resolve().parent
   for file, mode, wanted in ((source, os.R_OK, "read"), (folder, os.W_OK, "write")):
     if not os.access(file, mode):
       raise ValueError(f"{file}: no permission to {wanted}")

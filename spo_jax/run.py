@@ -219,6 +219,8 @@ class Run:
 
     Only the main process writes and returns something.
     """
+    if self.experiment.config.eval.validation_problems and self._best_accuracy < 0:
+      self._keep_best(self.iteration)  # what was best on other questions is no answer
     self.wait()
     params, best = self._best()
     if self.experiment.config.checkpoint.export:

@@ -10,6 +10,7 @@ from typing import Any
 
 from spo_jax.checkpoint import Checkpoints
 from spo_jax.config import Config, load
+from spo_jax.distributed import any_process, from_main
 from spo_jax.errors import said
 from spo_jax.experiment import Experiment
 from spo_jax.model import Params
@@ -88,6 +89,12 @@ def load_params(source: Source, experiment: Experiment) -> Params:
   """
   if source.step is None:
     return experiment.init_params()
+  newest = from_main(source.step)
+  if any_process(newest != source.step):
+    raise ValueError(
+      f"processes see different checkpoints in {source.checkpoints}, the main one {newest}. Wait "
+      "until its file system shows them to all, or name one with --checkpoint."
+    )
   optimizer = make_optimizer(experiment.config.optimizer)
   template: Any = state_template(experiment.model_config, optimizer, experiment.mesh)
   is_best = source.kind == "best"  # of which the parameters alone are kept

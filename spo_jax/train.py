@@ -125,6 +125,11 @@ def open_run_dir(config: Config, config_path: Path, run_dir: Path | None, resume
       raise ConfigError(f"--resume: runs/ holds no run of {config_path.stem}; give --run-dir.")
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     run_dir = runs[-1].parent if resume else Path("runs") / f"{config_path.stem}-{stamp}"
+  if patterns := set("*?[]\\").intersection(str(run_dir.absolute())):
+    raise ConfigError(
+      f"--run-dir {run_dir.absolute()}: orbax, which writes checkpoints, takes {min(patterns)} for "
+      "a pattern. Name one without it."
+    )
   stored = run_dir / "config.yaml"
   if stored.exists() and not resume:
     raise ConfigError(f"{run_dir} holds a run already; add --resume or name another --run-dir.")
@@ -149,8 +154,6 @@ def open_run_dir(config: Config, config_path: Path, run_dir: Path | None, resume
   try:
     run_dir.mkdir(parents=True, exist_ok=True)
     runlog.assert_renames(run_dir)
-    if config.checkpoint.export:
-      hf.is_replaceable(run_dir / "model")  # raises now what would be raised after training
   except OSError as error:
     raise ConfigError(f"--run-dir {run_dir}: {error.strerror}; name another.") from error
   return run_dir
@@ -161,12 +164,13 @@ def finished(run_dir: Path, config: Config) -> dict[str, Any] | None:
   try:
     stored = load(run_dir / "config.yaml")
     summary = json.loads((run_dir / "summary.json").read_text())
-    is_whole = summary.keys() >= {"initial", "final", "iterations"}
+    is_whole = summary.keys() >= {"initial", "final"}
+    has_ended = summary.get("iterations") == config.train.iterations
   except (FileNotFoundError, ValueError, AttributeError):  # or damaged: it is written again
     return None
   is_same = all(key.startswith("log.") for key in changed_keys(stored, config))
   is_exported = (run_dir / "model").exists() or not config.checkpoint.export
-  return summary if is_whole and is_same and is_exported else None
+  return summary if is_whole and has_ended and is_same and is_exported else None
 
 
 def plan(experiment: Experiment) -> str:
@@ -236,6 +240,9 @@ def main(
       return 0
     run_dir = open_run_dir(config, options.config, options.run_dir, options.resume)
     summary = finished(run_dir, config)
+    is_finished = bool(distributed.from_main(summary is not None))  # not all may see it yet
+    if not is_finished and config.checkpoint.export:
+      hf.is_replaceable(run_dir / "model")  # raises now what would be raised after training
     project = "spo_jax" if config.log.wandb and distributed.is_main() else None
     distributed.wait_for_all("the run directory is checked")
     own_dir = distributed.own_directory(run_dir)
@@ -250,7 +257,8 @@ def main(
   with log, contextlib.closing(experiment.task), distributed.quiet_unless_main():
     try:
       print(to_yaml(config) + "\n" + plan(experiment), flush=True)
-      summary = summary or train(experiment, run_dir, log)
+      if not is_finished:
+        summary = train(experiment, run_dir, log)
       if summary and distributed.is_main():
         runlog.final_table(summary, run_dir)
         print(f"Report: {write_report(run_dir)}")

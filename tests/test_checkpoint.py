@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spo_jax.checkpoint import Checkpoints
+from spo_jax import checkpoint
+from spo_jax.checkpoint import CheckpointError, Checkpoints
 from spo_jax.config import OptimizerConfig
 from spo_jax.structs import Edges
 from spo_jax.update import init_state, make_optimizer
@@ -64,6 +65,20 @@ def test_a_train_state_is_restored_bitwise(tmp_path):
   assert_bitwise(state, trained(1))  # the structure too: optax finds its NamedTuples again
   assert restored == counters
   assert none is None
+
+
+@pytest.mark.parametrize("seen", [9, -1])
+def test_processes_that_see_different_checkpoints_do_not_go_on(tmp_path, monkeypatch, seen):
+  """`seen` is the newest step of the main process; none is -1."""
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    for step in (3, 7):
+      checkpoints.save(step, trained(step), {})
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    assert checkpoints.restore_newest(trained(9), at_most=6)[0] == 3
+    monkeypatch.setattr(checkpoint, "from_main", lambda own: seen)
+    for ask in (checkpoints.latest, lambda: checkpoints.restore_newest(trained(9))):
+      with pytest.raises(CheckpointError, match=f"different checkpoints .* main one {seen}"):
+        ask()
 
 
 def test_edges_of_any_number_are_restored_bitwise(tmp_path):

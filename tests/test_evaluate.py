@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from spo_jax import evaluate, hf, model, tasks
+from spo_jax import evaluate, hf, model, sources, tasks
 from spo_jax.config import ModelConfig, load
 from spo_jax.metrics import summarise
 from spo_jax.tasks import Grade, Problem, Task
@@ -400,6 +400,12 @@ def test_a_checkpoint_that_cannot_be_read_is_named(refuse, finished, tmp_path):
   assert not (tmp_path / "a").exists()
 
 
+def test_processes_that_see_different_checkpoints_evaluate_none(refuse, finished, monkeypatch):
+  monkeypatch.setattr(sources, "from_main", lambda own: 9)
+  said = refuse("--model", finished("chain")[0], "--limit", 8)
+  assert "different checkpoints" in said and "the main one 9" in said
+
+
 def test_an_output_folder_has_one_writer(refuse, folder, tmp_path):
   with locked_by_another(tmp_path):
     said = refuse("--model", folder, "--task", "guess", *ROOM, "--output", tmp_path)
@@ -588,7 +594,7 @@ def test_a_run_brings_its_task_and_lengths_and_nothing_that_only_training_wants(
 algorithm: tree
 schedule: ["3: rollout.max_response_tokens=90"]
 model: {path: owner/name}
-task: {name: gsm8k, path: mine.jsonl, prompt: boxed}
+task: {name: gsm8k, path: mine.jsonl, prompt: boxed, repeat_penalty: 2, unfinished_penalty: 1}
 rollout: {samples: 5, rows: 6, max_response_tokens: 80}
 spo: {branch_factors: [2, 3], segment_tokens: 70}
 train: {iterations: 3, pack_tokens: 700}
@@ -601,6 +607,7 @@ eval: {validation_problems: 4, temperature: 0.7}
   assert (config.sft.max_steps, config.eval.validation_problems) == (0, 0)
   assert (config.rollout.samples, config.eval.temperature) == (2, 0.7)
   assert (config.task.path, config.task.prompt) == ("mine.jsonl", "boxed")
+  assert (config.task.repeat_penalty, config.task.unfinished_penalty) == (0, 0)
   longer = evaluate.configure(parsed("--max-response-tokens", "900"), source)
   assert longer.rollout.max_response_tokens == 900
   other = evaluate.configure(parsed("--task", "math"), source)

@@ -131,6 +131,8 @@ def test_nothing_to_grade_is_a_failure_that_writes_nothing(run, lines):
     (["--task", "gsm8k", "IN", "./folder/../IN"], "never overwritten"),
     (["--task", "gsm8k", "IN", "LINK"], "never overwritten"),
     (["--task", "gsm8k", "IN", "PIPE"], "PIPE is no regular file"),
+    (["--task", "gsm8k", "IN", "LOOP"], "LOOP cannot be written"),
+    (["--task", "gsm8k", "IN", "GONE"], "GONE cannot be written"),
     (["--task", "gsm8k", "IN", "/dev/null"], "/dev/null is no regular file"),
     (["--task", "gsm8k", "--repeat-penalty", "-1", "IN", "OUT"], "task.repeat_penalty=-1.0"),
   ],
@@ -142,6 +144,8 @@ def test_wrong_usage_is_one_line_and_code_two(tmp_path, monkeypatch, capsys, arg
   (tmp_path / "IN").write_text(content)
   os.link(tmp_path / "IN", tmp_path / "LINK")
   os.mkfifo(tmp_path / "PIPE")
+  (tmp_path / "LOOP").symlink_to("LOOP")
+  (tmp_path / "GONE").symlink_to("missing/OUT")
   assert main(arguments) == 2
   error = capsys.readouterr().err
   assert message in error and error.startswith("error: ") and error.count("\n") == 1

@@ -372,6 +372,14 @@ def test_local_passes_a_signal_on_once_and_waits(local, number, code):
   assert script.returncode == code
 
 
+def test_local_does_not_wait_for_long_where_one_process_alone_was_asked_to_stop(local):
+  script = local("((SPO_PROCESS_ID)) && exit 143; echo up; exec sleep 60")
+  assert "process 1 ended with exit code 143; the others have 60 sec" in script.stderr.readline()
+  script.send_signal(signal.SIGTERM)
+  script.communicate(timeout=30)
+  assert script.returncode == 143
+
+
 @pytest.mark.skipif(not shutil.which("setpriv"), reason="setpriv of util-linux ties them to it")
 def test_local_processes_end_when_the_script_is_killed(local):
   script = local("echo up; exec sleep 60")

@@ -316,9 +316,9 @@ def test_rows_that_are_scored_are_shared_out_by_training_too(is_scored, rows):
 
 def test_held_out_questions_that_are_encoded_at_once_are_halved():
   questions = line(101, "eval.problems")
-  few = with_settings(CONFIG, {"eval.problems": 40})
-  assert next_change(plan_of(few, (1, 8, 1), questions)) == {"eval.problems": 16}
-  few = with_settings(few, {"eval.problems": 8})
+  many = with_settings(CONFIG, {"eval.problems": 1319})
+  assert next_change(plan_of(many, (1, 8, 1), questions)) == {"eval.problems": 656}
+  few = with_settings(many, {"eval.problems": 8})
   assert "rollout.mesh.fsdp" in next_change(plan_of(few, (1, 8, 1), questions))
 
 

@@ -192,9 +192,15 @@ def test_the_evaluations_of_a_run_are_counted():
   assert chosen == twice | validation
 
 
+def test_how_many_questions_matters_only_beyond_the_rows_that_are_filled_up():
+  few, many = (programs_of(f"eval.problems={n}")["evaluate: prefill"] for n in (4, 5))
+  assert (few.setting, many.setting) == ("rollout.rows", "eval.problems")
+
+
 def test_a_warm_start_alone_is_its_updates_checks_and_one_evaluation():
   found = programs_of(
-    "train.iterations=0", "sft.max_steps=9", "sft.batch_rows=4", "sft.check_problems=30"
+    "train.iterations=0", "sft.max_steps=9", "sft.batch_rows=4", "sft.check_problems=30",
+    "train.kl.coefficient=0.1",
   )
   calls = {"supervised update": 0, "check: prefill": 0, "check: grow": 0}
   assert {name: p.calls for name, p in found.items()} == calls | {
@@ -202,6 +208,7 @@ def test_a_warm_start_alone_is_its_updates_checks_and_one_evaluation():
   }  # fmt: skip
   assert found["check: prefill"].tokens == 32 * 8  # filled up
   assert found["check: prefill"].setting == "sft.check_problems"
+  assert found["check: grow"].held["reference"] == 0 < found["evaluate: grow"].held["reference"]
 
 
 @pytest.mark.parametrize("algorithm", ["chain", "tree", "grpo"])

@@ -151,11 +151,24 @@ def test_a_damaged_summary_and_a_lost_export_are_written_again(
 
 def test_a_finished_run_that_goes_on_has_no_summary_until_it_ends(train, config, copy):
   longer = command(config, copy, "chain", "train.iterations=8", resume=True)
-  stop = Stop("spo_jax.run.Run.finish")
-  assert train(*longer, stop=stop).code == -signal.SIGKILL
-  assert not (copy / "summary.json").exists()
+  for function, has_summary in (("_restore", True), ("finish", False)):
+    assert train(*longer, stop=Stop(f"spo_jax.run.Run.{function}")).code == -signal.SIGKILL
+    assert (copy / "summary.json").exists() == has_summary
   assert train(*longer).code == 0
   assert summary(copy)["iterations"] == 8
+
+
+def test_a_finished_run_may_be_asked_for_its_best_policy(train, config, copy):
+  result = train(*command(config, copy, "chain", "eval.validation_problems=8", resume=True))
+  assert result.code == 0, result.err
+  assert summary(copy)["best"]["iteration"] == 6
+
+
+@pytest.mark.parametrize("name", ["lr=[1e-3]", "what?", "a\\b"])
+def test_a_run_directory_that_is_a_pattern_is_refused(refuse, config, tmp_path, name):
+  """Orbax would not find what it has written there."""
+  said = refuse("--config", config, "--run-dir", tmp_path / name)
+  assert name in said and "pattern" in said and not (tmp_path / name).exists()
 
 
 def test_the_newest_run_is_one_that_was_named_by_its_time(config, tmp_path, monkeypatch):

@@ -241,3 +241,13 @@ def test_workers_die_with_their_parent(state, ending):
   parent.send_signal(ending)
   parent.communicate(timeout=10)
   assert wait_until(lambda: not alive(pids[0]), 10)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_calls_are_answered_though_the_machine_tells_all_processes_to_end(pool, number):
+  pool.map([("pid",)] * 2)  # both have started
+  told = threading.Timer(0.3, lambda: [os.kill(pid, number) for pid in pool.pids()])
+  told.start()
+  assert pool.map([("wait", "0.8"), ("wait", "1.0")]) == ["wait0.8", "wait1.0"]
+  told.join()
+  assert pool.counters()["crashes"] == 0

@@ -127,10 +127,13 @@ class Programs:
   def listed(self) -> list[Program]:
     train, sft, held_out = self.config.train, self.config.sft, self.config.eval
     found = []
-    if sft.max_steps:  # calls are 0: it is over before the first iteration
-      found += [
-        self._warm_start(), *self._answers("check", "sft.check_problems", sft.check_problems, 0)
-      ]
+    if sft.max_steps:  # calls are 0: it is over before the first iteration, and has no reference
+      checks = self._answers("check", "sft.check_problems", sft.check_problems, 0)
+      found += [self._warm_start(), *(
+        dataclasses.replace(
+          p, held=p.held | {"reference": 0}, beside=p.beside - p.held["reference"]
+        ) for p in checks
+      )]  # fmt: skip
     if train.iterations:
       found += [*self._rollouts(), *self._rescoring(), self._update()]
     # Every so often, the first and the last iteration included.
@@ -356,10 +359,10 @@ class Programs:
     rollout = self.config.rollout
     prompts, room = self._filled(asked, 1), rollout.max_response_tokens
     pieces = [(prompts, rollout.max_prompt_tokens)]
-    # Prompts all lie there, slots are those of rollouts.
-    most = setting if prompts * rollout.max_prompt_tokens > (
-      min(rollout.rows, prompts) * self.config.row_tokens
-    ) else "rollout.rows"  # fmt: skip
+    if asked <= rollout.rows:  # they are filled up to as many
+      setting = "rollout.rows"
+    slots = min(rollout.rows, prompts) * self.config.row_tokens
+    most = setting if prompts * rollout.max_prompt_tokens > slots else "rollout.rows"
     return [
       self._prefill(f"{name}: prefill", prompts, calls, setting),
       self._grow(f"{name}: grow", pieces, prompts, room, room, False, calls, most, True),

@@ -132,8 +132,8 @@ class Task(abc.ABC):
     )
     grades = [Grade(0.0 - unfinished, None)] * len(responses)
     for i, (reward, extracted) in zip(ended, judged, strict=True):
-      repeats = responses[i].count(self.conclusion) > 1
-      grades[i] = Grade(reward - repeat * repeats, extracted)
+      is_repeated = responses[i].count(self.conclusion) > 1
+      grades[i] = Grade(reward - repeat if is_repeated else reward, extracted)
     return grades
 
   def judge_many(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:

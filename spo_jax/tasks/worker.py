@@ -10,6 +10,7 @@ import math
 import os
 import queue
 import resource
+import signal
 import sys
 import threading
 from typing import Any
@@ -17,6 +18,9 @@ from typing import Any
 
 def main() -> None:
   """Serves calls until the input ends."""
+  # A machine that shuts down tells all processes: the trainer finishes its iteration, with answers.
+  for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
   replies = os.dup(1)
   os.dup2(2, 1)  # what a library prints is no reply
   requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
