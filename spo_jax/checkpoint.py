@@ -58,17 +58,18 @@ class Checkpoints:
 
     Raises: CheckpointError where they do not see the same.
     """
-    return self._agreed(self._manager.latest_step())
+    latest = self._manager.latest_step()
+    self._assert_all_see(latest)
+    return latest
 
-  def _agreed(self, own: int | None) -> int | None:
-    """The step that the main process has found, as this one and all others have."""
-    step = from_main(-1 if own is None else own)
-    if any_process((own is None and step != -1) or (own is not None and step != own)):
+  def _assert_all_see(self, step: int | None) -> None:
+    own = -1 if step is None else step
+    main = from_main(own)
+    if any_process(own != main):
       raise CheckpointError(
-        f"processes see different checkpoints in {self._manager.directory}, the main one {step}. "
+        f"processes see different checkpoints in {self._manager.directory}, the main one {main}. "
         "Wait until its file system shows them to all, and --resume."
       )
-    return own
 
   def steps(self) -> list[int]:
     """Steps of all complete checkpoints."""
@@ -133,7 +134,7 @@ class Checkpoints:
     """
     steps = sorted(self.steps(), reverse=True)
     within = [step for step in steps if at_most is None or step <= at_most]
-    self._agreed(within[0] if within else None)
+    self._assert_all_see(within[0] if within else None)
     for step in within:
       try:
         return step, *self.restore(step, template)
