@@ -178,14 +178,15 @@ ODD = "{question} $$x$$ $(RUN) it's #1"
 
 
 def test_laptop_passes_words_through_make_as_they_are(tmp_path):
-  path = fake_programs(tmp_path, python='printf "%s\\0" "$@"')
+  path = fake_programs(tmp_path, python='printf "%s\\0" "$@" >words')
   shutil.copytree(LAUNCH, tmp_path / "launch")
   (tmp_path / "Makefile").write_text("train:\n\t@python $(ARGS)\n")
   done = subprocess.run(
     ["./laptop.sh", "tree", "--set", ODD], capture_output=True, text=True, timeout=60,
     env=environment(PATH=path), cwd=tmp_path / "launch",
   )  # fmt: skip
-  assert done.stdout.split("\0")[:-1] == ["--set", ODD], done.stderr
+  assert done.returncode == 0, done.stderr
+  assert (tmp_path / "words").read_text().split("\0")[:-1] == ["--set", ODD]
   assert_refused(launch("laptop.sh", "--set", "a\nb"), "a control character")
 
 
