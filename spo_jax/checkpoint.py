@@ -119,6 +119,17 @@ class Checkpoints:
       Edges(**jax.tree.map(np.asarray, edges)) if edges is not None else None,
     )
 
+  def counters(self, step: int) -> dict[str, Any]:
+    """Those that `save` was given. Raises: CheckpointError where they cannot be read."""
+    items = {"counters": ocp.args.JsonRestore()}
+    try:
+      return self._manager.restore(step, args=ocp.args.Composite(**items))["counters"]
+    except Exception as error:  # as in restore_newest
+      raise CheckpointError(
+        f"{self._manager.directory / str(step)} cannot be read ({said(error)}). Move it away, and "
+        "--resume."
+      ) from error
+
   def restore_newest(
     self, template: State, at_most: int | None = None
   ) -> tuple[int, State, dict[str, Any], Edges | None] | None:

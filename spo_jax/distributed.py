@@ -42,6 +42,8 @@ def initialize() -> None:
 
   Raises: ConfigError where the variables do not belong together.
   """
+  # JAX would take SIGTERM and do nothing with it, until `Preemption` does.
+  jax.config.update("jax_enable_preemption_service", False)
   names = ("SPO_COORDINATOR", "SPO_PROCESSES", "SPO_PROCESS_ID")
   values = {name: os.environ.get(name) for name in names}
   if how := os.environ.get("SPO_DISTRIBUTED"):

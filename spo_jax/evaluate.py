@@ -364,7 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     distributed.initialize()
     evaluation = prepare(options)
     output = evaluation.output
-    is_done = (output / SUMMARY).exists()
+    is_done = bool(distributed.from_main((output / SUMMARY).exists()))  # not all may see it yet
     if not is_done:
       experiment = evaluation.experiment
       params = experiment.engine.place(load_params(evaluation.source, experiment))
@@ -378,7 +378,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jax.set_mesh(experiment.mesh), distributed.quiet_unless_main(),
   ):  # fmt: skip
     if is_done:
-      show(json.loads((output / SUMMARY).read_text()), output)
+      if distributed.is_main():
+        show(json.loads((output / SUMMARY).read_text()), output)
       return 0
     print(f"spo_jax {__version__}, jax {jax.__version__}, device {jax.devices()[0].device_kind}\n"
           f"model: {settings['model']}, {count_params(experiment.model_config):,} parameters\n"

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from spo_jax import hf, runlog, sharding
 from spo_jax.checkpoint import CheckpointError, Checkpoints
 from spo_jax.compiles import CompileCount
+from spo_jax.config import to_yaml
 from spo_jax.distributed import Preemption, from_main, is_main, total
 from spo_jax.experiment import Experiment
 from spo_jax.model import Params
@@ -86,6 +87,7 @@ class Run:
       raise _lost(policy, f"{run_dir} has logged {logged} iterations, and ")
     if is_main():
       (run_dir / "summary.json").unlink(missing_ok=True)  # the run goes on from here
+    log.write_config(to_yaml(config))  # after that: an old summary is not of this configuration
 
   def _begin(self, preemption: Preemption) -> None:
     self.log.resume_at(-1)
@@ -109,13 +111,9 @@ class Run:
     self._checkpoints.forget_after(self.iteration)
     self.log.resume_at(self.iteration)
     self.compiles.programs |= set(counters["programs"])
-    self._totals, self._best_accuracy = counters["totals"], counters["best_accuracy"]
+    self._totals = counters["totals"]
     if self.experiment.config.eval.validation_problems:
-      with Checkpoints(self._best_dir, keep=1) as checkpoints:
-        best = checkpoints.latest()
-      is_lost = best is None or best > self.iteration  # it took the place of the one meant here
-      if is_lost or counters.get("validated", self._validated) != self._validated:
-        self._best_accuracy = -1.0
+      self._best_accuracy = self._restored_best()
     if self._needs_reference:
       _, self.reference, _ = _only(self._reference_dir, template.params)
 
@@ -168,8 +166,6 @@ class Run:
     counters = {
       "programs": sorted(self.compiles.programs),
       "totals": self._totals,
-      "best_accuracy": self._best_accuracy,
-      "validated": self._validated,
     }
     self._checkpoints.save(self.iteration, self.state, counters, self.buffer.edges)
 
@@ -178,6 +174,17 @@ class Run:
     """What validation accuracies depend on, beside the policy: others cannot be compared."""
     held_out = self.experiment.config.eval
     return [held_out.validation_problems, held_out.temperature, held_out.top_p]
+
+  def _restored_best(self) -> float:
+    """Validation accuracy of the best policy so far; -1 where the one that is kept is of a future
+    that was lost, or was measured in another way."""
+    with Checkpoints(self._best_dir, keep=1) as checkpoints:
+      step = checkpoints.latest()
+      if step is None or step > self.iteration:
+        return -1.0
+      kept = checkpoints.counters(step)
+    is_comparable = kept.get("validated", self._validated) == self._validated
+    return kept["validation_accuracy"] if is_comparable else -1.0
 
   def _keep_best(self, iteration: int) -> float:
     """Validation accuracy of the policy, which is saved where none before it was better."""
@@ -189,7 +196,8 @@ class Run:
       self._best_accuracy = accuracy
       with Checkpoints(self._best_dir, keep=1) as checkpoints:
         checkpoints.forget_after(iteration - 1)  # of a run that was killed behind this point
-        checkpoints.save(iteration, self.state.params, {"validation_accuracy": accuracy})
+        figures = {"validation_accuracy": accuracy, "validated": self._validated}
+        checkpoints.save(iteration, self.state.params, figures)
     return accuracy
 
   def _best(self) -> tuple[Params, dict[str, Any]]:
@@ -198,7 +206,8 @@ class Run:
       return self.state.params, {}
     template = self._template().params
     step, params, counters = _only(self._best_dir, template)
-    return params, {"best": {"iteration": step, **counters}}
+    accuracy = counters["validation_accuracy"]
+    return params, {"best": {"iteration": step, "validation_accuracy": accuracy}}
 
   @property
   def _best_dir(self) -> Path:

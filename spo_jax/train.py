@@ -247,7 +247,8 @@ def main(
     distributed.wait_for_all("the run directory is checked")
     own_dir = distributed.own_directory(run_dir)
     log = runlog.RunLog(own_dir, project, config.log.tensorboard)
-    log.write_config(to_yaml(config))
+    if is_finished or not options.resume:  # or `Run` does so, when it goes on
+      log.write_config(to_yaml(config))
   except (ConfigError, ValueError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2

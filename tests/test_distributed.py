@@ -373,17 +373,18 @@ def test_auto_without_a_cluster_is_refused(monkeypatch):
     distributed.initialize()
 
 
-def test_a_process_of_a_slurm_job_has_all_gpus_of_its_node():
+def test_a_process_of_a_slurm_job_has_all_gpus_of_its_node_and_heeds_sigterm():
   program = (
-    "from jax._src.xla_bridge import CUDA_VISIBLE_DEVICES; from spo_jax import distributed; "
-    "distributed.initialize(); print(CUDA_VISIBLE_DEVICES.value)"
+    "import os; from jax._src.xla_bridge import CUDA_VISIBLE_DEVICES; "
+    "from spo_jax import distributed; distributed.initialize(); "
+    "print(CUDA_VISIBLE_DEVICES.value, flush=True); os.kill(os.getpid(), 15)"
   )
   slurm = {"JOB_ID": "1", "STEP_NODELIST": "here", "NTASKS": "1", "PROCID": "0", "LOCALID": "0"}
   environment = {f"SLURM_{name}": value for name, value in slurm.items()} | {
     "SPO_COORDINATOR": f"localhost:{free_port()}", "SPO_PROCESSES": "1", "SPO_PROCESS_ID": "0",
   }  # fmt: skip
   ((code, out, err),) = finish([popen([sys.executable, "-c", program], environment)])
-  assert (code, out) == (0, "all\n"), err
+  assert (code, out) == (-signal.SIGTERM, "all\n"), err
 
 
 def test_a_process_that_does_not_log_leaves_no_files(tmp_path):

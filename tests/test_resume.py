@@ -159,9 +159,15 @@ def test_a_finished_run_that_goes_on_has_no_summary_until_it_ends(train, config,
 
 
 def test_a_finished_run_may_be_asked_for_its_best_policy(train, config, copy):
-  result = train(*command(config, copy, "chain", "eval.validation_problems=8", resume=True))
+  asked = command(config, copy, "chain", "eval.validation_problems=8", resume=True)
+  assert train(*asked, stop=Stop("spo_jax.run.Run._restore")).code == -signal.SIGKILL
+  result = train(*asked)
   assert result.code == 0, result.err
   assert summary(copy)["best"]["iteration"] == 6
+  (counters,) = (copy / "checkpoints" / "best").glob("*/counters/metadata")
+  counters.write_text(json.dumps(json.loads(counters.read_text()) | {"validation_accuracy": 2.0}))
+  assert train(*asked[:-1], "train.iterations=7", "--resume").code == 0
+  assert summary(copy)["best"] == {"iteration": 6, "validation_accuracy": 2.0}
 
 
 @pytest.mark.parametrize("name", ["lr=[1e-3]", "what?", "a\\b"])
@@ -236,9 +242,9 @@ def test_accuracies_of_other_validation_problems_are_not_compared(
   train, finished, config, tmp_path, setting, is_new
 ):
   run_dir = shutil.copytree(finished("grpo")[0], tmp_path / "run")
-  counters = next((run_dir / "checkpoints" / "policy" / "6" / "counters").glob("*"))
+  (counters,) = (run_dir / "checkpoints" / "best").glob("*/counters/metadata")
   stored = json.loads(counters.read_text())
-  counters.write_text(json.dumps(stored | {"best_accuracy": 2.0}))  # none is better
+  counters.write_text(json.dumps(stored | {"validation_accuracy": 2.0}))  # none is better
   longer = ["train.iterations=7", setting]
   result = train(*command(config, run_dir, "grpo", *longer, resume=True))
   assert result.code == 0, result.err
