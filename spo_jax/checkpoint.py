@@ -59,16 +59,17 @@ class Checkpoints:
     Raises: CheckpointError where they do not see the same.
     """
     latest = self._manager.latest_step()
-    self._assert_all_see(latest)
+    self.assert_all_see(latest)
     return latest
 
-  def _assert_all_see(self, step: int | None) -> None:
+  def assert_all_see(self, step: int | None) -> None:
+    """Raises: CheckpointError where processes have found different steps; None is no step."""
     own = -1 if step is None else step
     main = from_main(own)
     if any_process(own != main):
       raise CheckpointError(
         f"processes see different checkpoints in {self._manager.directory}, the main one {main}. "
-        "Wait until its file system shows them to all, and --resume."
+        "Start again when its file system shows them to all."
       )
 
   def steps(self) -> list[int]:
@@ -145,7 +146,7 @@ class Checkpoints:
     """
     steps = sorted(self.steps(), reverse=True)
     within = [step for step in steps if at_most is None or step <= at_most]
-    self._assert_all_see(within[0] if within else None)
+    self.assert_all_see(within[0] if within else None)
     for step in within:
       try:
         return step, *self.restore(step, template)

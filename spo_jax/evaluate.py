@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from spo_jax import __version__, distributed, metrics, rollouts, runlog, validation
+from spo_jax.checkpoint import CheckpointError
 from spo_jax.config import Config, changed_keys, config_at, load
 from spo_jax.experiment import Experiment, Purpose, build
 from spo_jax.layout import select
@@ -369,7 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       experiment = evaluation.experiment
       params = experiment.engine.place(load_params(evaluation.source, experiment))
       lock = _open_output(evaluation)
-  except ValueError as error:
+  except (ValueError, CheckpointError) as error:
     print("error:", " ".join(str(error).split()), file=sys.stderr)
     return 2
   experiment, settings = evaluation.experiment, evaluation.settings

@@ -22,7 +22,7 @@ from spo_jax import hf, model, prompts, sharding, stops, tokenizer, validation
 from spo_jax.attention import kernel_for
 from spo_jax.config import Config, ConfigError, ModelConfig, check_context, config_at
 from spo_jax.distributed import in_shares
-from spo_jax.layout import before, behind_prompts, select
+from spo_jax.layout import behind_prompts, select
 from spo_jax.rollouts import Engine, Grade
 from spo_jax.structs import Prompts, Samples, Sampling
 from spo_jax.tasks import Problem, Task, load_task, question_order
@@ -240,11 +240,8 @@ class Experiment:
     def encode(share: slice) -> tuple[np.ndarray, np.ndarray]:
       tokens, lengths = prompts.encode(
         self.tokenizer, self.template, [p.prompt for p in problems[share]],
-        self.config.rollout.max_prompt_tokens,
+        self.config.rollout.max_prompt_tokens, self.engine.sampling.pad_id,
       )  # fmt: skip
-      # The tokenizer's padding may be none of the model's tokens.
-      is_prompt = before(lengths, tokens.shape[1])
-      tokens = np.where(is_prompt, tokens, np.int32(self.engine.sampling.pad_id))
       self._assert_known("prompt", tokens)
       return tokens, lengths
 
@@ -301,7 +298,7 @@ def build(config: Config, training: bool = True) -> Experiment:
     graded = task.grade_many(problems, responses, finished.tolist(), with_penalties)
     return np.array([grade.reward for grade in graded], np.float32)
 
-  pad = tokens.pad_token_id
+  pad = tokens.pad_token_id  # which may be none of the model's tokens
   sampling = Sampling(
     temperature=rollout.temperature,
     top_p=rollout.top_p,

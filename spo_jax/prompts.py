@@ -117,15 +117,19 @@ def token_ids(
 
 
 def encode(
-  tokenizer: PreTrainedTokenizerBase, template: str, questions: Sequence[str], max_tokens: int
-) -> tuple[np.ndarray, np.ndarray]:
+  tokenizer: PreTrainedTokenizerBase, template: str, questions: Sequence[str], max_tokens: int,
+  pad_id: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
   """Prompts as right-padded rows.
 
+  Args:
+    pad_id: see `tokenizer.encode_prompts`.
   Returns: tokens i32[B, max_tokens], lengths i32[B].
   Raises: ValueError, see `render` and `tokenizer.encode_prompts`.
   """
   texts = [render(tokenizer, template, question) for question in questions]
-  return tokens.encode_prompts(tokenizer, texts, max_tokens, _adds_special_tokens(template))
+  special = _adds_special_tokens(template)
+  return tokens.encode_prompts(tokenizer, texts, max_tokens, special, pad_id)
 
 
 def _adds_special_tokens(template: str) -> bool:

@@ -10,7 +10,6 @@ from typing import Any
 
 from spo_jax.checkpoint import Checkpoints
 from spo_jax.config import Config, load
-from spo_jax.distributed import any_process, from_main
 from spo_jax.errors import said
 from spo_jax.experiment import Experiment
 from spo_jax.model import Params
@@ -85,21 +84,16 @@ def load_params(source: Source, experiment: Experiment) -> Params:
   """Parameters on the device.
 
   Raises: ValueError, one line, where a Hugging Face folder does not hold the model it describes,
-    or a checkpoint cannot be read.
+    or a checkpoint cannot be read; CheckpointError where processes see different ones.
   """
   if source.step is None:
     return experiment.init_params()
-  newest = from_main(source.step)
-  if any_process(newest != source.step):
-    raise ValueError(
-      f"processes see different checkpoints in {source.checkpoints}, the main one {newest}. Wait "
-      "until its file system shows them to all, or name one with --checkpoint."
-    )
   optimizer = make_optimizer(experiment.config.optimizer)
   template: Any = state_template(experiment.model_config, optimizer, experiment.mesh)
   is_best = source.kind == "best"  # of which the parameters alone are kept
   keep = experiment.config.checkpoint.keep
   with Checkpoints(source.checkpoints, keep, is_reader=True) as checkpoints:
+    checkpoints.assert_all_see(source.step)
     try:
       restored, _, _ = checkpoints.restore(source.step, template.params if is_best else template)
     except Exception as error:  # of the file system, of every format inside: many kinds

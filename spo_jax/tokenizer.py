@@ -115,10 +115,14 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str],
   return rows
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int,
-                   add_special_tokens: bool = True) -> tuple[np.ndarray, np.ndarray]:
+def encode_prompts(
+  tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int,
+  add_special_tokens: bool = True, pad_id: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
   """Prompts as right-padded rows; see `token_ids`.
 
+  Args:
+    pad_id: the token that rows are filled up with; None: the tokenizer's own.
   Returns: tokens i32[B, max_tokens], lengths i32[B].
   Raises: ValueError for a prompt that is empty, too long or not expressible in the vocabulary.
   """
@@ -129,8 +133,10 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max
                      f"cannot hold it. Raise it to {lengths.max()}.")
   for i in np.flatnonzero(lengths == 0)[:1]:
     raise ValueError(f"prompt {i} is empty: there is no token to continue from")
-  pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids(tokenizer)[0]
-  tokens = np.full((len(rows), max_tokens), pad, np.int32)
+  if pad_id is None:
+    own = tokenizer.pad_token_id
+    pad_id = eos_ids(tokenizer)[0] if own is None else own
+  tokens = np.full((len(rows), max_tokens), pad_id, np.int32)
   is_prompt = np.arange(max_tokens) < lengths[:, None]
   tokens[is_prompt] = [token for row in rows for token in row]
   return tokens, lengths

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from spo_jax import evaluate, hf, model, sources, tasks
+from spo_jax import checkpoint, evaluate, hf, model, tasks
 from spo_jax.config import ModelConfig, load
 from spo_jax.metrics import summarise
 from spo_jax.tasks import Grade, Problem, Task
@@ -401,7 +401,7 @@ def test_a_checkpoint_that_cannot_be_read_is_named(refuse, finished, tmp_path):
 
 
 def test_processes_that_see_different_checkpoints_evaluate_none(refuse, finished, monkeypatch):
-  monkeypatch.setattr(sources, "from_main", lambda own: 9)
+  monkeypatch.setattr(checkpoint, "from_main", lambda own: 9)
   said = refuse("--model", finished("chain")[0], "--limit", 8)
   assert "different checkpoints" in said and "the main one 9" in said
 
